@@ -1,0 +1,97 @@
+"""Backbones: modules that map images (B, C, H, W) to features (B, D), by name or as given."""
+
+import logging
+
+import torch
+from torch import nn
+
+from dino_lightning.backbones.cnn import cnn_names, torchvision_cnn
+from dino_lightning.backbones.timm import timm_model
+from dino_lightning.backbones.vit import VIT_SIZES, VisionTransformer
+
+__all__ = ["VisionTransformer", "build", "feature_dim", "features_at", "freeze_unused"]
+
+log = logging.getLogger(__name__)
+
+
+def build(
+    name: str,
+    *,
+    patch_size: int = 16,
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """An untrained backbone by name: a ViT of ``VIT_SIZES``, a torchvision CNN, or ``timm/NAME``. Never touches the network.
+
+    Raises:
+        ValueError: for an unknown name, listing what there is.
+    """
+    if name in VIT_SIZES:
+        embed_dim, depth, num_heads = VIT_SIZES[name]
+        return VisionTransformer(
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate
+        )
+    if name.startswith("timm/"):
+        return timm_model(name.removeprefix("timm/"), img_size, in_chans, drop_path_rate)
+    if name in cnn_names():
+        return torchvision_cnn(name, in_chans, drop_path_rate)
+    raise ValueError(
+        f"unknown backbone {name!r}; there are {', '.join(VIT_SIZES)}, timm/NAME (with timm installed), "
+        f"any nn.Module, and torchvision's {', '.join(cnn_names())}"
+    )
+
+
+def feature_dim(backbone: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> int:
+    """Width D of the features, found by a forward pass of one black image.
+
+    Raises:
+        ValueError: if the backbone does not take such an image, or gives no (B, D) tensor.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    with torch.no_grad():
+        return features_at(backbone, torch.zeros(1, in_chans, height, width)).shape[1]
+
+
+def freeze_unused(backbone: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> None:
+    """Freezes the parameters that play no part in the features (a mask token, a forgotten classifier), and says so.
+
+    Trainable parameters without a gradient stop distributed training with an error that does not name them.
+    """
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    with torch.enable_grad():
+        features = features_at(backbone, torch.zeros(1, in_chans, height, width))
+        trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(features.sum(), trainable.values(), allow_unused=True) if trainable else ()
+    unused = [name for name, gradient in zip(trainable, gradients) if gradient is None]
+    for name in unused:
+        trainable[name].requires_grad_(False)
+    if unused:
+        log.warning("frozen, because the features do not depend on them: %s", ", ".join(unused))
+
+
+def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features (B, D) of ``images`` (B, C, H, W) with the backbone in evaluation mode, its modes restored afterwards.
+
+    Raises:
+        ValueError: with the size and the remedy, if the backbone fails on it or gives something else than (B, D).
+    """
+    modes = {module: module.training for module in backbone.modules()}
+    size = f"{images.shape[-2]}×{images.shape[-1]} images of {images.shape[1]} channels"
+    try:
+        features = backbone.eval()(images)
+    except Exception as error:
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} cannot take {size}: {error}. "
+            "Choose crop sizes (and img_size, in_chans) that it takes, or a backbone that takes any size"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
+        got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+        raise ValueError(
+            f"the backbone {type(backbone).__name__} must map {size} to features (B, D), got {got} for B = {len(images)}; "
+            "pool and flatten its output"
+        )
+    return features

@@ -1,0 +1,154 @@
+"""The DINO loss: cross-entropy of the student's views against the centred, sharpened teacher's (paper, equations 1 to 4)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class DINOLoss(nn.Module):
+    """Mean cross-entropy H(teacher view i, student view v) over all pairs of different views, i of the two global ones.
+
+    With 2 + 8 views these are 18 terms. Everything is computed in float32 whatever the autocast, and the inputs are never
+    modified.
+
+    In training mode each call also adds up what the centre needs; ``update_center()`` commits that once per optimizer
+    step, over all micro-batches and ranks. The centre used is always the one before the step's update.
+
+    Attributes:
+        center: (1, K) buffer, the running mean of the teacher's logits.
+        teacher_entropy: scalar, the mean entropy in nats of the teacher's distributions in the last call, or None before it.
+            The loss is this entropy plus the mean KL divergence from teacher to student.
+    """
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        if student_temp <= 0:
+            raise ValueError(f"student_temp must be positive, got {student_temp}")
+        if not 0 <= center_momentum <= 1:
+            raise ValueError(f"center_momentum must lie in [0, 1], got {center_momentum}")
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.teacher_entropy: Tensor | None = None
+        # (K + 2,): sum of the teacher's logits, number of rows, number of non-finite losses since the last commit.
+        # Not a buffer: DistributedDataParallel would overwrite it with rank 0's.
+        self._pending: Tensor | None = None
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
+        """Loss of one (micro-)batch.
+
+        Args:
+            student_logits: (V·B, K), views-major; the first two views are the global ones.
+            teacher_logits: (2·B, K), the global views.
+            teacher_temp: temperature of the teacher's softmax.
+
+        Raises:
+            ValueError: if the shapes do not fit together, or the temperature is not positive.
+        """
+        n_views = self._check(student_logits, teacher_logits, teacher_temp)
+        teacher_logits = teacher_logits.detach()
+        with torch.no_grad():
+            log_p = torch.log_softmax((_full(teacher_logits) - self.center) / teacher_temp, dim=-1)
+            p = log_p.exp()  # (2·B, K)
+            self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
+            del log_p
+        loss = _PairwiseCrossEntropy.apply(student_logits, p, n_views, self.student_temp)
+        if self.training:
+            self._record(teacher_logits, loss.detach())
+        return loss
+
+    @torch.no_grad()
+    def update_center(self, skip: bool = False) -> Tensor | None:
+        """Commits the centre: c ← m·c + (1 − m)·mean of the teacher's logits since the last commit (paper, equation 4).
+
+        The mean runs over all ranks and micro-batches; every rank must call this. A step with a non-finite loss on any rank
+        leaves the centre as it was, and so does ``skip`` (a gradient scaler skipped the optimizer step).
+
+        Returns:
+            The number of non-finite losses over all ranks, a scalar on the device (nothing is read back to the host), or
+            None if nothing was recorded since the last commit.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(pending)
+        total, count, non_finite = pending[:-2], pending[-2], pending[-1]
+        updated = self.center.lerp((total / count).to(self.center.dtype), 1 - self.center_momentum)
+        if not skip:
+            self.center.copy_(torch.where(non_finite > 0, self.center, updated))
+        return non_finite
+
+    @torch.no_grad()
+    def _record(self, teacher_logits: Tensor, loss: Tensor) -> None:
+        total = teacher_logits.sum(dim=0, dtype=self.center.dtype)
+        tail = torch.stack([torch.full_like(loss, len(teacher_logits)), (~torch.isfinite(loss)).to(loss.dtype)])
+        record = torch.cat([total, tail])
+        self._pending = record if self._pending is None else self._pending + record
+
+    def _check(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> int:
+        """The number of views V."""
+        if teacher_temp <= 0:
+            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
+        k = self.center.shape[1]
+        rows, teacher_rows = len(student_logits), len(teacher_logits)
+        if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
+            raise ValueError(
+                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
+            )
+        if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
+            raise ValueError(
+                f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
+                "the teacher sees the two global views, the student all V"
+            )
+        return rows // (teacher_rows // 2)
+
+
+class _PairwiseCrossEntropy(torch.autograd.Function):
+    """Mean over the 2·V − 2 pairs of −Σ p_i · log softmax(s_v / τ), with the gradient written by hand.
+
+    The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of
+    the other global views' targets, and the gradient is (n_v · q_v − P_v) / (τ · B · pairs) with n_v = ΣP_v. One view at a time,
+    a temporary is (B, K) instead of (V·B, K), and there are V passes over the logits instead of 2·V − 2.
+    Recomputing q in the backward pass keeps nothing but the logits, and rounds to half precision only after a gradient
+    scaler's factor is in.
+    """
+
+    @staticmethod
+    def forward(ctx, student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
+        ctx.save_for_backward(student_logits, p)
+        ctx.n_views, ctx.temp = n_views, temp
+        loss = p.new_zeros(())
+        for view, logits in enumerate(student_logits.chunk(n_views)):
+            log_q = torch.log_softmax(_full(logits) / temp, dim=-1)  # (B, K)
+            loss -= log_q.mul_(_targets(p, view)).sum(dim=-1).sum()  # over K first: summing in one go loses digits
+        return loss / _rows(p, n_views)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        student_logits, p = ctx.saved_tensors
+        scale = grad_loss / (ctx.temp * _rows(p, ctx.n_views))
+        gradient = torch.empty_like(student_logits)
+        for view, (logits, out) in enumerate(zip(student_logits.chunk(ctx.n_views), gradient.chunk(ctx.n_views))):
+            q = torch.softmax(_full(logits) / ctx.temp, dim=-1)  # (B, K)
+            n_targets = 1 if view < 2 else 2
+            out.copy_(q.mul_(n_targets).sub_(_targets(p, view)).mul_(scale))
+        return gradient, None, None, None
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Half precision to float32; anything wider stays."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _targets(p: Tensor, view: int) -> Tensor:
+    """Sum of the teacher's distributions (B, K) that student view ``view`` is compared with: the global views but itself."""
+    first, second = p.chunk(2)
+    return second if view == 0 else first if view == 1 else first + second
+
+
+def _rows(p: Tensor, n_views: int) -> int:
+    """Pairs of views times images, what the sum is divided by."""
+    return (2 * n_views - 2) * (len(p) // 2)

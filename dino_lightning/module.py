@@ -1,0 +1,302 @@
+"""DINOModule: one training step of DINO (paper, algorithm 1), told in the order in which it happens."""
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from dino_lightning.backbones import build, feature_dim, freeze_unused
+from dino_lightning.checks import check_options, check_trainer, check_views
+from dino_lightning.guard import NonFiniteGuard, NonFiniteLossError
+from dino_lightning.head import DINOHead
+from dino_lightning.loss import DINOLoss
+from dino_lightning.networks import Network, Teacher, split_views
+from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
+from dino_lightning.plan import Plan, check_length
+from dino_lightning.randomness import seeded
+
+_OBJECT = "object:"  # how a backbone that was given as an object stands in the hyper-parameters
+
+
+class DINOModule(LightningModule):
+    """Self-distillation with no labels: a student learns to match its own moving average across views of an image.
+
+    Trains on batches of views: a list of V ≥ 2 tensors (B, C, H, W), the first two the global crops, or (views, anything).
+    Any DataLoader that yields this will do. The options and defaults are those of the reference implementation.
+
+    Args:
+        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant; resnet50, resnet101 and the other classification
+            CNNs of torchvision; timm/NAME with timm installed; or any module that maps images (B, C, H, W) to features (B, D).
+        patch_size: pixels of a ViT patch's side, e.g. 8, 14 or 16.
+        img_size: pixels, int or (H, W): the size whose grid a ViT's positions have. Set it to the global crop size.
+        in_chans: channels of the images.
+        drop_path_rate: stochastic depth of the student (the teacher has none).
+        out_dim: number of prototypes K. Fewer, such as 4096, suit small data sets and GPUs.
+        hidden_dim: width of the head's MLP.
+        bottleneck_dim: width of the head's L2-normalised bottleneck.
+        head_layers: layers of the head's MLP.
+        use_bn_in_head: batch norm in the head's MLP.
+        norm_last_layer: keep the prototypes at unit norm; false is better for long runs of ViT-S, less stable.
+        momentum_teacher: of the moving average at the start; a cosine brings it to 1. Small batches want more: 0.9995.
+        warmup_teacher_temp: temperature of the teacher's softmax in the first epoch.
+        teacher_temp: temperature of the teacher's softmax after its warm-up; above 0.07 is unstable.
+        warmup_teacher_temp_epochs: epochs of the linear warm-up of the temperature.
+        student_temp: temperature of the student's softmax.
+        center_momentum: of the moving average of the teacher's logits.
+        optimizer: adamw, sgd (momentum 0.9) or lars.
+        lr: learning rate after its warm-up, for 256 images a step: it is scaled by the real number
+            (batch size × devices × accumulated batches).
+        min_lr: learning rate at the end, not scaled.
+        warmup_epochs: epochs of the linear warm-up of the learning rate.
+        weight_decay: weight decay at the start; not on biases and norms.
+        weight_decay_end: weight decay at the end of its cosine.
+        clip_grad: largest L2 norm of the gradient of each parameter tensor; 0 is off. The Trainer's gradient_clip_val is
+            another norm (of all gradients together), and both at once are an error.
+        freeze_last_layer: epochs at the start in which the prototypes stay as they are.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vit_small",
+        patch_size: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.1,
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        head_layers: int = 3,
+        use_bn_in_head: bool = False,
+        norm_last_layer: bool = True,
+        momentum_teacher: float = 0.996,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 0,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        optimizer: Literal["adamw", "sgd", "lars"] = "adamw",
+        lr: float = 5e-4,
+        min_lr: float = 1e-6,
+        warmup_epochs: int = 10,
+        weight_decay: float = 0.04,
+        weight_decay_end: float = 0.4,
+        clip_grad: float = 3.0,
+        freeze_last_layer: int = 1,
+    ) -> None:
+        super().__init__()
+        given = backbone
+        if isinstance(backbone, nn.Module):
+            # A checkpoint holds plain types only. A run of the command line keeps the class path instead of this.
+            backbone = f"{_OBJECT}{type(backbone).__module__}.{type(backbone).__qualname__}"
+        self.save_hyperparameters()
+        check_options(self.hparams)
+        if isinstance(given, str):
+            given = _by_name(given, patch_size, img_size, in_chans, drop_path_rate)
+        freeze_unused(given, img_size, in_chans)
+        head = DINOHead(
+            feature_dim(given, img_size, in_chans),
+            out_dim,
+            use_bn=use_bn_in_head,
+            norm_last_layer=norm_last_layer,
+            nlayers=head_layers,
+            hidden_dim=hidden_dim,
+            bottleneck_dim=bottleneck_dim,
+        )
+        self.student = Network(given, head)
+        self.teacher = Teacher(self.student)
+        self.loss = DINOLoss(out_dim, student_temp, center_momentum)
+
+        self._plan: Plan | None = None  # known with the first batch of a run
+        self._seed: int | None = None  # of the student's drop path
+        self._updated_step: int | None = None  # the global step up to which the teacher has followed; None outside a run
+        self._optimizer_stepped = False
+        self._guard = NonFiniteGuard()
+        self.register_state_dict_pre_hook(_update_before_saving)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._plan is None:
+            views = split_views(batch)
+            check_views(views, self.student, self.hparams)
+            self._plan = Plan.of(self.trainer, self.hparams, first_batch_size=len(views[0]))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """One (micro-)batch. Returns the loss, and detached for callbacks the teacher's entropy and the KL divergence, in nats."""
+        views = split_views(batch)
+        teacher_temp = self._plan.teacher_temp_at(self.global_step)
+        with torch.no_grad():
+            teacher_logits = self.teacher(views[:2])  # (2·B, K)
+        with seeded(self.device, self._seed, self.global_step, batch_idx, self.global_rank):  # for the drop path
+            student_logits = self.student(views)  # (V·B, K)
+        loss = self.loss(student_logits, teacher_logits, teacher_temp)
+        entropy = self.loss.teacher_entropy
+        kl = loss.detach() - entropy
+        self.log_dict({"train/loss": loss.detach(), "train/teacher_entropy": entropy, "train/kl": kl})
+        return {"loss": loss, "teacher_entropy": entropy, "kl": kl}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sets this step's learning rate and weight decay (group 0 is the decayed one)."""
+        lr, weight_decay = self._plan.lr_at(self.global_step), self._plan.weight_decay_at(self.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = weight_decay
+        self._log_host(
+            {
+                "train/lr": lr,
+                "train/weight_decay": weight_decay,
+                "train/momentum": self._plan.momentum_at(self.global_step),
+                "train/teacher_temp": self._plan.teacher_temp_at(self.global_step),
+                "train/skipped_steps": self._skipped_steps,
+            }
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips each gradient by its own norm, then drops those of the last layer while it is frozen."""
+        gradients, norms = gradient_norms(self.student.parameters())
+        norm = torch.stack(norms).norm()
+        self._grad_norm = torch.where(norm.isfinite(), norm, self._grad_norm)
+        self.log("train/grad_norm", norm)
+        if self.hparams.clip_grad > 0:
+            clip_each_(gradients, norms, self.hparams.clip_grad)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._plan.epoch(self.global_step) < self.hparams.freeze_last_layer:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None  # not zero: the optimizer must skip decay and moments too
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.update_teacher()
+
+    def update_teacher(self) -> None:
+        """Moves the teacher and the centre, once per optimizer step however often it is called (paper, section 3.1).
+
+        Called at the end of every batch, and before a state dict is taken, since callbacks save step checkpoints earlier than
+        that. A step that a gradient scaler skipped moves neither.
+
+        Raises:
+            NonFiniteLossError: on all ranks, if the loss of the step before was not finite on any.
+        """
+        if self._updated_step is None or self._updated_step == self.global_step:
+            return
+        self._stop_if_not_finite()
+        step, self._updated_step = self.global_step - 1, self.global_step
+        stepped, self._optimizer_stepped = self._optimizer_stepped, False
+        non_finite = self.loss.update_center(skip=not stepped)
+        if stepped:
+            self.teacher.follow(self.student, self._plan.momentum_at(step))
+        else:
+            self._skipped_steps += 1
+        if non_finite is not None:
+            self._guard.watch(non_finite, self._report(step))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        fused = not scaled and self.device.type in ("cpu", "cuda")
+        return build_optimizer(
+            self.hparams.optimizer, self.student, weight_decay=self.hparams.weight_decay, fused=fused
+        )
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            check_trainer(self.trainer, self.hparams.clip_grad)
+            # The teacher is meant to be in evaluation mode.
+            warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def on_train_start(self) -> None:
+        check_length(self.trainer, self.hparams)
+        if self._seed is None:
+            seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
+            self._seed = self.trainer.strategy.broadcast(seed)
+        self._plan = None
+        self._updated_step = self.global_step
+        self._optimizer_stepped = False
+        self._skipped_steps = 0
+        self._grad_norm = torch.zeros((), device=self.device)  # the last finite one
+        self._guard = NonFiniteGuard()
+        # A gradient scaler skips the optimizer's step without saying so; the optimizer itself knows whether it stepped.
+        self._step_hooks = [o.register_step_post_hook(self._note_step) for o in self.trainer.optimizers]
+
+    def on_validation_start(self) -> None:
+        self._stop_if_not_finite()
+
+    def on_train_end(self) -> None:
+        self._stop_if_not_finite()
+        self._updated_step = None
+        for hook in self._step_hooks:
+            hook.remove()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._stop_if_not_finite()
+        checkpoint["drop_path_seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seed = checkpoint.get("drop_path_seed")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) → features of the teacher's backbone (B, D)."""
+        return self.teacher.features(images)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """(images, labels) of the bank (loader 0) or the queries (loader 1) → their features and labels, for callbacks."""
+        images, labels = batch[:2]
+        return {"features": self(images), "labels": labels}
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Any]:
+        """(images, paths) → (features (B, D), paths)."""
+        images, paths = batch
+        return self(images), paths
+
+    def _note_step(self, *_: Any) -> None:
+        self._optimizer_stepped = True
+
+    def _log_host(self, values: dict[str, float]) -> None:
+        # Tensors on the host: a float would be copied to the device, which waits for it.
+        self.log_dict({name: torch.tensor(float(value)) for name, value in values.items()})
+
+    def _report(self, step: int) -> Callable[[], str]:
+        """What to say of this step should its loss turn out not to be finite; reads from the device only then."""
+        plan = self._plan
+        return lambda: (
+            f"the loss was not finite at step {step} (epoch {plan.epoch(step)}), with teacher temperature "
+            f"{plan.teacher_temp_at(step):.4g}, learning rate {plan.lr_at(step):.4g}, norm of the centre "
+            f"{self.loss.center.norm().item():.4g}, last finite gradient norm {self._grad_norm.item():.4g}"
+        )
+
+    def _stop_if_not_finite(self) -> None:
+        report = self._guard.check()
+        if report is None:
+            return
+        callback = self.trainer.checkpoint_callback
+        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
+        last = f"the last checkpoint is {path}" if path else "there is no checkpoint yet"
+        raise NonFiniteLossError(
+            f"{report()}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
+            "instead of 16-mixed. All ranks stop here"
+        )
+
+
+def _by_name(name: str, patch_size: int, img_size: int | tuple[int, int], in_chans: int, drop_path_rate: float) -> nn.Module:
+    if name.startswith(_OBJECT):
+        raise ValueError(
+            f"this checkpoint was trained with a backbone given as an object ({name.removeprefix(_OBJECT)}), which it does "
+            "not hold; pass it: DINOModule.load_from_checkpoint(path, backbone=...)"
+        )
+    return build(
+        name, patch_size=patch_size, img_size=img_size, in_chans=in_chans, drop_path_rate=drop_path_rate
+    )
+
+
+def _update_before_saving(module: DINOModule, *_: Any) -> None:
+    """Callbacks save step checkpoints before the module's own hook runs."""
+    module.update_teacher()

@@ -1,0 +1,92 @@
+"""Student and teacher: a backbone and a head that see views of several sizes."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def split_views(batch: Any) -> list[Tensor]:
+    """The views of a training batch: a list of tensors, or (views, anything).
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: if there are fewer than two views, or they are not (B, C, H, W) with one B and C.
+    """
+    is_sequence = isinstance(batch, list | tuple) and len(batch) > 0
+    views = batch[0] if is_sequence and isinstance(batch[0], list | tuple) else batch
+    if not isinstance(views, list | tuple) or not all(isinstance(view, Tensor) for view in views):
+        raise TypeError(
+            "expected a batch that is a list of views (B, C, H, W), or (views, anything), "
+            f"got {type(batch).__name__} of {[type(item).__name__ for item in batch] if is_sequence else 'no views'}"
+        )
+    shapes = [tuple(view.shape) for view in views]
+    if len(views) < 2 or any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):
+        raise ValueError(
+            f"expected at least two views (B, C, H, W) with the same B and C, the first two the global crops, got {shapes}"
+        )
+    return list(views)
+
+
+class Network(nn.Module):
+    """A backbone and a head. State-dict keys are ``backbone.*`` and ``head.*``, as in the reference's checkpoints."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, views: Sequence[Tensor]) -> Tensor:
+        """V views (B, C, H, W), of any sizes in any order → logits (V·B, K), views-major.
+
+        All views of one size share one call of the backbone; the head is called once on everything.
+        """
+        by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, view in enumerate(views):
+            by_size[tuple(view.shape[-2:])].append(i)
+        features: list[Tensor] = [torch.empty(0)] * len(views)
+        for indices in by_size.values():
+            together = self.backbone(torch.cat([views[i] for i in indices]))
+            for i, part in zip(indices, together.chunk(len(indices))):
+                features[i] = part
+        return self.head(torch.cat(features))
+
+
+class Teacher(Network):
+    """The exponential moving average of a student: a frozen copy without stochastic depth and dropout.
+
+    Only its batch norms are in training mode, whatever ``train()`` or ``eval()`` says: they normalise by the batch and keep
+    running statistics of their own, as in the reference.
+    """
+
+    def __init__(self, student: Network) -> None:
+        super().__init__(copy.deepcopy(student.backbone), copy.deepcopy(student.head))
+        self.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        super().train(False)
+        for norm in self._batch_norms():
+            norm.train(True)
+        return self
+
+    @torch.no_grad()
+    def follow(self, student: Network, momentum: float) -> None:
+        """θ_t ← m·θ_t + (1 − m)·θ_s for all parameters; buffers stay the teacher's own."""
+        torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), 1 - momentum)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) → features (B, D), with the batch norms' running statistics."""
+        for norm in self._batch_norms():
+            norm.train(False)
+        try:
+            return self.backbone(images)
+        finally:
+            self.train()
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]

@@ -1,0 +1,101 @@
+"""Optimizers: parameter groups of the reference, per-tensor clipping without host syncs, and LARS."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def param_groups(module: nn.Module) -> list[dict]:
+    """Splits the trainable parameters of ``module`` into [decayed, undecayed].
+
+    Biases and all one-dimensional tensors (norms) are not decayed. As in the reference, everything else is, which includes
+    the class token, the positions and the prototypes; frozen parameters are left out.
+    """
+    decayed, undecayed = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (undecayed if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def build_optimizer(name: str, module: nn.Module, *, weight_decay: float, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, SGD (momentum 0.9) or LARS over the parameter groups of ``module``.
+
+    The learning rate is 0 until the schedule sets it, so that a step without a schedule moves nothing. ``fused`` must be off
+    under a gradient scaler: a fused optimizer unscales inside its step, after the clipping.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    groups = param_groups(module)
+    groups[0]["weight_decay"] = weight_decay
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+    if name == "lars":
+        return LARS(groups, lr=0.0)
+    raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
+
+
+@torch.no_grad()
+def gradient_norms(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients that are there, and the L2 norm of each as a scalar tensor on its device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return gradients, list(torch._foreach_norm(gradients)) if gradients else []
+
+
+@torch.no_grad()
+def clip_each_(gradients: Sequence[Tensor], norms: Sequence[Tensor], max_norm: float) -> None:
+    """Scales every gradient whose own norm exceeds ``max_norm`` down to it, in place.
+
+    This is the clipping of the reference: per tensor, not by the global norm. Nothing is read back to the host.
+    """
+    factors = torch._foreach_div(torch._foreach_add(norms, 1e-6), max_norm)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per tensor by the trust ratio eta·‖w‖/‖g‖ (You et al. 2017, equation 6).
+
+    Weight decay and the trust ratio leave one-dimensional tensors alone, as in the reference.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        eta: float = 0.001,
+    ) -> None:
+        for name, value in {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta}.items():
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+        return loss
+
+    def _step_one(self, parameter: nn.Parameter, group: dict) -> None:
+        update = parameter.grad
+        if parameter.ndim != 1:
+            update = update.add(parameter, alpha=group["weight_decay"])
+            weight_norm, update_norm = parameter.norm(), update.norm()
+            trust = group["eta"] * weight_norm / update_norm
+            update = update * torch.where((weight_norm > 0) & (update_norm > 0), trust, 1.0)
+        momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        momentum.mul_(group["momentum"]).add_(update)
+        parameter.add_(momentum, alpha=-group["lr"])

@@ -1,0 +1,260 @@
+"""Colour jitter, grayscale, blur, solarize and normalise for a batch of uint8 crops, on the device that holds them.
+
+The worker decides, the device paints: a DataLoader worker ships each crop with the few numbers it sampled (one `PAINT`
+record), and `paint` is a deterministic function of the two. No decision is read back from the device: the records stay
+on the host, so which crops need which operation is known there, and a batch costs two small host-to-device copies.
+
+The reference is torchvision.transforms.functional on PIL images: PIL's ImageEnhance (Blend.c), its L and HSV
+conversions (Convert.c), GaussianBlur (BoxBlur.c) and ImageOps.solarize. EXACTNESS
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# One record per crop. Factor 1.0 (brightness, contrast, saturation) and hue 0.0 mean "leave this operation out": any
+# other hue, however small, costs a round trip through 8-bit HSV, as in PIL. Hue is in turns, blur_sigma in pixels.
+PAINT = np.dtype([("jitter", np.bool_), ("order", np.uint8, (4,)), ("brightness", np.float32), ("contrast", np.float32),
+                  ("saturation", np.float32), ("hue", np.float32), ("gray", np.bool_), ("blur_sigma", np.float32),
+                  ("solarize", np.bool_)])
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+# Each of the 24 orders is a subsequence of these twelve operations (no shorter sequence has that property), so a batch
+# in which every crop has its own order is jittered in twelve groups, and hue, by far the dearest, is in only two.
+SCHEDULE = (0, 1, 2, 3, 0, 1, 2, 0, 3, 1, 0, 2)
+
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+ONE = 1 << 24  # PIL's box weights are fixed-point numbers with 24 fractional bits
+
+
+class Step(NamedTuple):
+    """An operation that works in place on (n, C, H, W), the crops it applies to, and its numbers: (n,) and (n, k)."""
+
+    operation: Callable[[Tensor, Tensor], None]
+    rows: np.ndarray
+    numbers: np.ndarray
+
+
+def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Paint each crop by its record, then normalise: (x / 255 - mean) / std.
+
+    The order is jitter (four operations in the order of recipe["order"], the first entry first; 0 brightness,
+    1 contrast, 2 saturation, 3 hue), gray, blur (where blur_sigma > 0), solarize (threshold 128), normalise.
+
+    Args:
+        crops: uint8 (N, C, H, W), any device and strides; not modified. With C other than 3 only brightness, contrast
+            (its gray level is the mean over all channels) and blur apply; C = 1 equals PIL's mode L.
+        recipe: `PAINT` records (N,), on the host.
+        mean, std: C numbers each, in units of the full range 0..1.
+
+    Returns:
+        float32 (N, C, H, W), contiguous, on the device of `crops`.
+    """
+    _check(crops, recipe, mean, std)
+    # float32 holds the levels 0..255 from here on: every operation leaves whole numbers, and uint8 would only add casts.
+    image = crops.to(torch.float32, memory_format=torch.contiguous_format)
+    center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
+    # A GPU wants few large kernels. A CPU wants its temporaries in cache, and one crop at a time needs no gathering.
+    size = 1 if crops.device.type == "cpu" else max(len(crops), 1)
+    for start in range(0, len(crops), size):
+        piece = image[start:start + size]
+        _paint(piece, recipe[start:start + size])
+        piece.div_(255).sub_(center).div_(spread)
+    return image
+
+
+def _paint(image: Tensor, recipe: np.ndarray) -> None:
+    """Run every step on its subset of the crops (n, C, H, W), in place."""
+    steps = [step for step in _steps(recipe, image.shape[1]) if len(step.rows)]
+    if not steps:
+        return
+    rows = _ship([step.rows for step in steps], np.int64, image.device)
+    numbers = _ship([step.numbers[..., None, None] for step in steps], np.float32, image.device)
+    for (operation, _, _), index, number in zip(steps, rows, numbers):
+        if len(index) == len(image):
+            operation(image, number)
+        else:
+            subset = image.index_select(0, index)
+            operation(subset, number)
+            image.index_copy_(0, index, subset)
+
+
+def _steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
+    """Everything `recipe` (n,) asks for, in an order that suits all its crops; some steps may have no rows."""
+    yield from _jitter_steps(recipe, channels)
+    nothing = np.empty((len(recipe), 0))
+    if channels == 3:
+        yield _step(_gray, recipe["gray"], nothing)
+    blurred = np.flatnonzero(recipe["blur_sigma"] > 0)
+    yield Step(_blur, blurred, _box_weights(recipe["blur_sigma"][blurred]))
+    if channels == 3:
+        yield _step(_solarize, recipe["solarize"], nothing)
+
+
+def _jitter_steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
+    """Walk `SCHEDULE`; a crop takes part whenever the operation on offer is the next one of its own order."""
+    # PIL adds the truncated shift to an 8-bit hue, which wraps around.
+    shift = np.trunc(recipe["hue"].astype(np.float64) * 255) % 256
+    jitter = {
+        BRIGHTNESS: (_brightness, recipe["brightness"], recipe["brightness"] != 1),
+        CONTRAST: (_contrast, recipe["contrast"], recipe["contrast"] != 1),
+        SATURATION: (_saturation, recipe["saturation"], (recipe["saturation"] != 1) & (channels == 3)),
+        HUE: (_hue, shift, (recipe["hue"] != 0) & (channels == 3)),
+    }
+    done = np.zeros(len(recipe), np.intp)
+    order = np.pad(recipe["order"], ((0, 0), (0, 1)), constant_values=len(jitter))  # a fifth entry: nothing is due
+    for code in SCHEDULE:
+        operation, numbers, wanted = jitter[code]
+        due = order[np.arange(len(recipe)), done] == code
+        done += due
+        yield _step(operation, due & wanted & recipe["jitter"], numbers[:, None])
+
+
+def _step(operation: Callable[[Tensor, Tensor], None], wanted: np.ndarray, numbers: np.ndarray) -> Step:
+    rows = np.flatnonzero(wanted)
+    return Step(operation, rows, numbers[rows])
+
+
+def _ship(arrays: Sequence[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
+    """Move all arrays to the device in one copy; each comes back as a view of it with its own shape."""
+    flat = torch.from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(dtype))
+    if device.type == "cuda":
+        flat = flat.pin_memory()  # else the driver may wait for the stream before it stages the copy
+    pieces = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [piece.view(array.shape) for piece, array in zip(pieces, arrays)]
+
+
+def _brightness(image: Tensor, factor: Tensor) -> None:
+    image.mul_(factor).clamp_(0, 255).floor_()
+
+
+def _contrast(image: Tensor, factor: Tensor) -> None:
+    gray = _luma(image) if image.shape[1] == 3 else image
+    count = gray[0].numel()
+    total = gray.sum((1, 2, 3), dtype=torch.float64, keepdim=True)  # exact
+    _blend(image, torch.floor_divide(total + count / 2, count).float(), factor)  # int(mean + 0.5)
+
+
+def _saturation(image: Tensor, factor: Tensor) -> None:
+    _blend(image, _luma(image), factor)
+
+
+def _blend(image: Tensor, base: Tensor, factor: Tensor) -> None:
+    """PIL's Image.blend(base, image, factor): float32, one rounding per operation, clipped, truncated."""
+    # Three separate kernels and no addcmul or lerp: those may fuse the product and the sum, which rounds otherwise.
+    image.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
+
+
+def _luma(image: Tensor) -> Tensor:
+    """PIL's mode L, (n, 3, H, W) -> (n, 1, H, W): (19595 R + 38470 G + 7471 B + 32768) >> 16.
+
+    Exact in float32, because that sum stays below 2**24 and a division by 2**16 rounds nothing.
+    """
+    red, green, blue = image.split(1, dim=1)
+    return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).add_(0.5).floor_()
+
+
+def _hue(image: Tensor, shift: Tensor) -> None:
+    """Add `shift` (0..255, of 256) to PIL's 8-bit hue and convert back; every rounding of PIL's is reproduced."""
+    value = image.amax(1, keepdim=True)  # (n, 1, H, W), as all planes here
+    span = value - image.amin(1, keepdim=True)
+    hue = _hue_turns(image, value, span).mul_(255).floor_().add_(shift).remainder_(256)
+    saturation = span.mul_(255).div_(value.clamp(min=1)).floor_()
+
+    # A channel loses value * saturation / 255 in full at and beyond a third of a turn from its own hue, and nothing up
+    # to a sixth. In units of 1 / 1530 turn these distances are whole numbers. `fall` below is minus that share * 255.
+    own = torch.arange(0, 1530, 510, device=image.device, dtype=image.dtype).view(1, 3, 1, 1)
+    fall = torch.sub(hue.mul_(6), own, out=image).abs_().sub_(765).abs_().sub_(510).clamp_(-255, 0)
+    fall.mul_(saturation.mul_(value).mul_(1 / 255**2)).add_(value.add_(0.5)).floor_()
+
+
+def _hue_turns(image: Tensor, value: Tensor, span: Tensor) -> Tensor:
+    """The hue of (n, 3, H, W) in turns, 0..1, (n, 1, H, W) float32, rounded where PIL's C code rounds."""
+    red, green, _ = image.split(1, dim=1)
+    # float32 quotients, then sums in float64, then float32 again: in C the constants 2.0 and 4.0 are doubles, and
+    # rounding the sums twice would move some hues to the neighbouring level.
+    from_red, from_green, from_blue = ((value - image) / span.clamp(min=1)).double().split(1, dim=1)
+    sixths = torch.where(red == value, from_blue - from_green,
+                         torch.where(green == value, 2 + from_red - from_blue, 4 + from_green - from_red))
+    # The divisor is a tensor because CUDA multiplies by the reciprocal of a number, which rounds otherwise.
+    turns = sixths.float().div_(torch.full((), 6.0, device=image.device))
+    return turns.sub_(turns.floor())
+
+
+def _gray(image: Tensor, _: Tensor) -> None:
+    image.copy_(_luma(image))
+
+
+def _solarize(image: Tensor, _: Tensor) -> None:
+    torch.minimum(image, 255 - image, out=image)  # 255 - x is the smaller one exactly from 128 on
+
+
+def _blur(image: Tensor, numbers: Tensor) -> None:
+    """PIL's GaussianBlur: three box passes along x, then three along y, each rounded to whole levels."""
+    bias, *weights = numbers.int().split(1, dim=1)  # (n, 1, 1, 1) each
+    # A pass runs along rows' direction, dim 2, where a shift moves whole rows of memory, so x is blurred transposed.
+    # Levels are centred on zero (-128..127): then PIL's unsigned 32-bit sums fit torch's signed ones.
+    levels = (image - 128).transpose(2, 3).to(torch.int32, memory_format=torch.contiguous_format)
+    _box_passes(levels, weights, bias)
+    levels = levels.transpose(2, 3).contiguous()
+    _box_passes(levels, weights, bias)
+    torch.add(levels, 128, out=image)
+
+
+def _box_passes(levels: Tensor, weights: Sequence[Tensor], bias: Tensor) -> None:
+    """Three box filters along dim 2 of (n, C, H, W) int32, in place; weights[k] is for the pixels k away."""
+    height, reach = levels.shape[2], len(weights) - 1
+    clamped = torch.arange(-reach, height + reach, device=levels.device).clamp_(0, height - 1)
+    for _ in range(3):
+        padded = levels.index_select(2, clamped)  # repeats the edge
+        torch.mul(padded.narrow(2, reach, height), weights[0], out=levels)
+        for distance in range(1, reach + 1):
+            levels.addcmul_(padded.narrow(2, reach - distance, height), weights[distance])
+            levels.addcmul_(padded.narrow(2, reach + distance, height), weights[distance])
+        levels.add_(bias).bitwise_right_shift_(24)
+
+
+def _box_weights(sigma: np.ndarray) -> np.ndarray:
+    """Numbers for `_blur`, (n,) -> (n, 1 + taps): the rounding bias, then the weight of the pixels 0, 1, 2, ... away.
+
+    The box that, run three times, has variance sigma**2 has a fractional radius (Gwosdek et al., "Theoretical
+    Foundations of Gaussian Convolution by Extended Box Filtering", SSVM 2011): full weight up to its whole part, the
+    rest on the next pixel. float32 where PIL has it. All results are whole and at most 2**24, so float32 can hold them.
+    """
+    variance = sigma * sigma / np.float32(3)
+    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
+    whole = np.floor((length - 1) / 2)
+    radius = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    whole = np.floor(radius).astype(np.int64)[:, None]  # (n, 1)
+    full = (np.float32(ONE) / (radius * 2 + 1)).astype(np.int64)[:, None]
+    edge = (ONE - (2 * whole + 1) * full) // 2
+    distance = np.arange(whole.max(initial=0) + 2)
+    weights = np.where(distance <= whole, full, np.where(distance == whole + 1, edge, 0))
+    # Half a level for rounding, less what the zero shift by 128 levels misses where the weights sum to ONE - 1.
+    bias = ONE // 2 + 128 * (weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdims=True) - ONE)
+    return np.concatenate([bias, weights], axis=1)
+
+
+def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
+    if crops.dtype != torch.uint8 or crops.ndim != 4:
+        raise ValueError(f"crops must be a uint8 tensor (N, C, H, W), got {crops.dtype} {tuple(crops.shape)}: "
+                         "stack the decoded crops, before any scaling to 0..1")
+    if recipe.dtype != PAINT or recipe.shape != (len(crops),):
+        raise ValueError(f"recipe must hold one PAINT record for each of the {len(crops)} crops, got dtype "
+                         f"{recipe.dtype} and shape {recipe.shape}: make it with np.zeros({len(crops)}, PAINT)")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != crops.shape[1]:
+            raise ValueError(f"{name} has {len(values)} entries, but crops have {crops.shape[1]} channels: "
+                             "give one number per channel")
+    order = recipe["order"][recipe["jitter"]]
+    wrong = (np.sort(order, axis=1) != np.arange(4)).any(axis=1)
+    if wrong.any():
+        raise ValueError(f"order must be a permutation of 0, 1, 2, 3, got {order[wrong][0].tolist()}: "
+                         "sample it with numpy's Generator.permutation(4)")
+    for name in ("brightness", "contrast", "saturation", "hue", "blur_sigma"):
+        if not np.isfinite(recipe[name]).all():
+            raise ValueError(f"recipe[{name!r}] has the value {recipe[name][~np.isfinite(recipe[name])][0]}: "
+                             "use 1 (hue and blur_sigma: 0) to leave the operation out")

@@ -1,0 +1,52 @@
+"""What the tests share: the reference's golden numbers, and a few real image files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+class Golden:
+    """One file of golden numbers: ``golden["key"]`` is a tensor, ``golden.part("prefix.")`` a state dict."""
+
+    def __init__(self, name: str) -> None:
+        self._arrays = np.load(GOLDEN / f"{name}.npz")
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        array = torch.from_numpy(np.asarray(self._arrays[key]))
+        return array.float() if array.dtype == torch.float16 else array
+
+    def item(self, key: str):
+        return self._arrays[key].item()
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): self[key] for key in self._arrays.files if key.startswith(prefix)}
+
+
+@pytest.fixture
+def golden():
+    return Golden
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (80, 60), first: int = 0) -> Path:
+    """``count`` JPEG photographs of a kind: a coloured disc on a gradient, each with its own colours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    width, height = size
+    y, x = np.mgrid[0:height, 0:width]
+    for i in range(first, first + count):
+        rng = np.random.default_rng(i)
+        disc = (x - rng.uniform(0, width)) ** 2 + (y - rng.uniform(0, height)) ** 2 < (min(size) / 3) ** 2
+        ground = np.stack([255 * x / width, 255 * y / height, np.full_like(x, rng.integers(256))], axis=-1)
+        picture = np.where(disc[..., None], rng.integers(0, 256, 3), ground) + rng.normal(0, 8, (height, width, 3))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / f"{i:04d}.jpg", quality=92)
+    return folder
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """A folder of 24 JPEG images."""
+    return write_images(tmp_path / "images", 24)

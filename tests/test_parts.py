@@ -1,0 +1,189 @@
+"""Head, backbones, optimizers and k-NN against the golden numbers, and their bad inputs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from dino_lightning import DINOHead, VisionTransformer
+from dino_lightning.backbones import build, feature_dim, features_at
+from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
+
+VARIANTS = {
+    "plain": dict(),
+    "bn": dict(use_bn=True),
+    "free": dict(norm_last_layer=False),
+    "one": dict(nlayers=1),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_head_equals_the_reference(golden, variant):
+    g = golden("head")
+    head = DINOHead(48, 128, hidden_dim=64, bottleneck_dim=32, **VARIANTS[variant])
+    head.load_state_dict(g.part(f"{variant}.state."))
+    x = g[f"{variant}.input"].requires_grad_()
+    out = copy.deepcopy(head)(x)
+    torch.testing.assert_close(out, g[f"{variant}.output"], rtol=1e-5, atol=1e-6)
+    (head(x) * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    torch.testing.assert_close(x.grad, g[f"{variant}.grad_input"], rtol=1e-5, atol=1e-6)
+    gradients = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+    expected = g.part(f"{variant}.grad.")
+    assert gradients.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def test_head_initialisation():
+    torch.manual_seed(0)
+    head = DINOHead(384, 4096)
+    assert head.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.01) and not head.mlp[0].bias.any()
+    assert head.last_layer.weight_v.abs().max().item() == pytest.approx(1 / 16, rel=1e-3)
+    assert head.last_layer.weight_v.std().item() == pytest.approx(1 / 16 / 3**0.5, rel=0.01)
+    assert (head.last_layer.weight_g == 1).all() and not head.last_layer.weight_g.requires_grad
+    assert head(torch.randn(64, 384)).abs().max() <= 1 + 1e-5, "with unit gains the logits are cosines"
+
+
+@pytest.mark.parametrize("size", ["64x64", "32x32", "96x96", "48x80"])
+def test_vit_equals_the_reference(golden, size):
+    g = golden("vit")
+    arguments = {name: g.item(f"args.{name}") for name in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    vit = VisionTransformer(**arguments).eval()
+    vit.load_state_dict(g.part("state."))
+    x = g[f"{size}.input"]
+    with torch.no_grad():
+        torch.testing.assert_close(vit(x), g[f"{size}.cls"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vit.get_last_selfattention(x), g[f"{size}.attention"], rtol=1e-5, atol=1e-6)
+        for i, layer in enumerate(vit.get_intermediate_layers(x, 2)):
+            torch.testing.assert_close(layer, g[f"{size}.intermediate{i}"], rtol=1e-5, atol=1e-5)
+
+
+def test_vit_tokens_of_both_crops():
+    vit = build("vit_tiny", drop_path_rate=0.1).eval()
+    with torch.no_grad():
+        for side, tokens in ((224, 197), (96, 37)):
+            layer = vit.get_intermediate_layers(torch.zeros(1, 3, side, side), 1)[0]
+            assert layer.shape == (1, tokens, 192)
+    assert [block.drop_path for block in vit.blocks][::11] == [0.0, pytest.approx(0.1)]
+
+
+@pytest.mark.parametrize(
+    "name, patch_size, count",
+    [("vit_tiny", 16, 5_524_416), ("vit_small", 16, 21_665_664), ("vit_small", 8, 21_670_272),
+     ("vit_base", 16, 85_798_656), ("vit_base", 8, 85_807_872)],
+)  # fmt: skip
+def test_published_parameter_counts(name, patch_size, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build(name, patch_size=patch_size).parameters()) == count
+
+
+@pytest.mark.parametrize("name, depth, width", [("vit_large", 24, 1024), ("vit_giant", 40, 1536)])
+def test_large_vits_with_patch_14(name, depth, width):
+    with torch.device("meta"):
+        vit = build(name, patch_size=14)
+    assert (len(vit.blocks), vit.embed_dim, vit.grid) == (depth, width, (16, 16))
+
+
+def test_vit_with_a_grid_that_is_not_square():
+    vit = VisionTransformer(img_size=(32, 48), patch_size=8, embed_dim=24, depth=1, num_heads=2)
+    assert vit.pos_embed.shape == (1, 1 + 4 * 6, 24)
+    assert vit(torch.zeros(2, 3, 32, 48)).shape == vit(torch.zeros(2, 3, 16, 24)).shape == (2, 24)
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5)
+    x = torch.randn(1, 3, 16, 16).expand(4000, -1, -1, -1)
+    branch = torch.ones(4000, 5, 24)
+    dropped = vit.blocks[1].train()._drop(branch)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0} and dropped.mean().item() == pytest.approx(1, abs=0.1)
+    assert all(len(sample.unique()) == 1 for sample in dropped[:50]), "whole samples are dropped"
+    with torch.no_grad():
+        assert torch.equal(vit.eval()(x[:2]), vit(x[:2]))
+
+
+@pytest.mark.parametrize("name, dim", [("resnet50", 2048), ("densenet121", 1024), ("mobilenet_v3_small", 576),
+                                       ("convnext_tiny", 768), ("squeezenet1_1", 512), ("vgg11", 512)])  # fmt: skip
+def test_cnns_give_pooled_features_of_any_size(name, dim):
+    backbone = build(name, in_chans=2)
+    assert feature_dim(backbone, 96, 2) == feature_dim(backbone, (64, 128), 2) == dim
+    assert all(p.requires_grad for p in backbone.parameters())
+
+
+def test_timm_backbones_take_both_crops():
+    pytest.importorskip("timm")
+    for name, dim in (("timm/vit_tiny_patch16_224", 192), ("timm/resnet18", 512)):
+        backbone = build(name, drop_path_rate=0.1)
+        assert feature_dim(backbone, 224, 3) == feature_dim(backbone, 96, 3) == dim
+    with pytest.raises(ValueError, match="vit_tinny"):
+        build("timm/vit_tinny")
+
+
+def test_backbone_errors():
+    with pytest.raises(ValueError, match="vit_smal'.*vit_small"):
+        build("vit_smal")
+    with pytest.raises(ValueError, match="patch size 16 does not divide the image size 100×96.*96×96"):
+        build("vit_tiny")(torch.zeros(1, 3, 100, 96))
+    with pytest.raises(ValueError, match="cannot take 20×20 images"):
+        feature_dim(build("vit_tiny"), 20, 3)
+    with pytest.raises(ValueError, match="pool and flatten"):
+        feature_dim(nn.Conv2d(3, 8, 3), 20, 3)
+    with pytest.raises(ValueError, match="num_heads=5 does not divide embed_dim=24"):
+        VisionTransformer(embed_dim=24, num_heads=5)
+
+
+def test_probing_leaves_the_modes_and_the_buffers():
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4).eval(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    before = copy.deepcopy(backbone.state_dict())
+    features_at(backbone, torch.randn(2, 3, 16, 16))
+    assert backbone.training and not backbone[1].training
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+def test_lars_equals_the_reference(golden):
+    g = golden("lars")
+    matrix, vector = (nn.Parameter(g[f"{i}.before"]) for i in (0, 1))
+    optimizer = LARS([{"params": [matrix], "weight_decay": 0.04}, {"params": [vector]}], lr=0.3)
+    for step in range(3):
+        matrix.grad, vector.grad = g[f"{step}.grad0"], g[f"{step}.grad1"]
+        optimizer.step()
+        torch.testing.assert_close(matrix.data, g[f"{step}.param0"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(vector.data, g[f"{step}.param1"], rtol=1e-5, atol=1e-7)
+
+
+def test_param_groups_follow_the_reference():
+    network = nn.ModuleDict({"backbone": build("vit_tiny"), "head": DINOHead(192, 64, norm_last_layer=False)})
+    decayed, undecayed = (group["params"] for group in param_groups(network))
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, undecayed = [{names[id(p)] for p in group} for group in (decayed, undecayed)]
+    assert {"backbone.cls_token", "backbone.pos_embed", "head.last_layer.weight_v"} <= decayed
+    assert all(name.endswith("bias") or "norm" in name for name in undecayed)
+    assert (len(decayed), len(undecayed)) == (56, 102)
+    network.head.last_layer.weight_g.requires_grad_(False)
+    assert len(param_groups(network)[0]["params"]) == 55, "frozen parameters are left out"
+
+
+def test_clipping_is_per_tensor():
+    parameters = [nn.Parameter(torch.zeros(n)) for n in (4, 9, 16)]
+    for parameter, norm in zip(parameters, (6.0, 3.0, 0.5)):
+        parameter.grad = torch.ones_like(parameter) * norm / parameter.numel() ** 0.5
+    gradients, norms = gradient_norms(parameters)
+    clip_each_(gradients, norms, 3.0)
+    assert [p.grad.norm().item() for p in parameters] == pytest.approx([3.0, 3.0, 0.5], rel=1e-5)
+
+
+def test_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="'adam'"):
+        build_optimizer("adam", nn.Linear(2, 2), weight_decay=0.0, fused=False)
+
+
+@pytest.mark.parametrize("k", [5, 10, 20, 100])
+def test_knn_equals_the_reference(golden, k):
+    g = golden("knn")
+    top1, top5 = knn_accuracy(
+        g["bank"], g["bank_labels"], g["query"], g["query_labels"], k=k, temperature=g.item("temperature")
+    )
+    assert 100 * top1 == pytest.approx(g.item(f"top1.k{k}"), rel=1e-6)
+    if k == 100:
+        assert 100 * top5 == pytest.approx(g.item("top5.k100"), rel=1e-6)
