@@ -5,9 +5,16 @@ record), and `paint` is a deterministic function of the two. No decision is read
 on the host, so which crops need which operation is known there, and a batch costs two small host-to-device copies.
 
 The reference is torchvision.transforms.functional on PIL images: PIL's ImageEnhance (Blend.c), its L and HSV
-conversions (Convert.c), GaussianBlur (BoxBlur.c) and ImageOps.solarize. EXACTNESS
+conversions (Convert.c), GaussianBlur (BoxBlur.c) and ImageOps.solarize. Against Pillow 13.0 for x86-64, on the CPU, no
+level of any operation differs. Tried: all 2**24 colours in one image, under 7 hue shifts, 12 factors each of
+brightness, contrast and saturation, gray and solarize; blur of the same colours shuffled, with 9 sigmas from 0.001
+to 5.3. The levels pass through no step whose rounding a device may choose (no fused multiply-add, no division by a
+Python number), so a GPU should give the same ones. A Pillow built with fused multiply-add (it is the compiler's choice
+on other processors) may blend a level that lies within float32 rounding of a whole number to its neighbour. The
+normalised floats are those of (x / 255 - mean) / std in float32; a GPU's may be off in the last bit.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -27,6 +34,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 SCHEDULE = (0, 1, 2, 3, 0, 1, 2, 0, 3, 1, 0, 2)
 
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+CPU_PIXELS = 1 << 16
 ONE = 1 << 24  # PIL's box weights are fixed-point numbers with 24 fractional bits
 
 
@@ -57,8 +65,8 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
     # float32 holds the levels 0..255 from here on: every operation leaves whole numbers, and uint8 would only add casts.
     image = crops.to(torch.float32, memory_format=torch.contiguous_format)
     center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
-    # A GPU wants few large kernels. A CPU wants its temporaries in cache, and one crop at a time needs no gathering.
-    size = 1 if crops.device.type == "cpu" else max(len(crops), 1)
+    # A GPU wants few large kernels; a CPU wants its temporaries in cache: one crop of 224 at a time, or seven of 96.
+    size = max(1, CPU_PIXELS // math.prod(crops.shape[2:])) if crops.device.type == "cpu" else max(1, len(crops))
     for start in range(0, len(crops), size):
         piece = image[start:start + size]
         _paint(piece, recipe[start:start + size])
@@ -68,7 +76,7 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
 
 def _paint(image: Tensor, recipe: np.ndarray) -> None:
     """Run every step on its subset of the crops (n, C, H, W), in place."""
-    steps = [step for step in _steps(recipe, image.shape[1]) if len(step.rows)]
+    steps = list(_steps(recipe, image.shape[1]))
     if not steps:
         return
     rows = _ship([step.rows for step in steps], np.int64, image.device)
@@ -83,39 +91,44 @@ def _paint(image: Tensor, recipe: np.ndarray) -> None:
 
 
 def _steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
-    """Everything `recipe` (n,) asks for, in an order that suits all its crops; some steps may have no rows."""
+    """Everything `recipe` (n,) asks for, in an order that suits all its crops; every step has at least one row."""
     yield from _jitter_steps(recipe, channels)
     nothing = np.empty((len(recipe), 0))
     if channels == 3:
-        yield _step(_gray, recipe["gray"], nothing)
-    blurred = np.flatnonzero(recipe["blur_sigma"] > 0)
-    yield Step(_blur, blurred, _box_weights(recipe["blur_sigma"][blurred]))
+        yield from _step(_gray, recipe["gray"], nothing)
+    for _, rows, sigma in _step(_blur, recipe["blur_sigma"] > 0, recipe["blur_sigma"]):
+        yield Step(_blur, rows, _box_weights(sigma))
     if channels == 3:
-        yield _step(_solarize, recipe["solarize"], nothing)
+        yield from _step(_solarize, recipe["solarize"], nothing)
 
 
 def _jitter_steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
     """Walk `SCHEDULE`; a crop takes part whenever the operation on offer is the next one of its own order."""
     # PIL adds the truncated shift to an 8-bit hue, which wraps around.
     shift = np.trunc(recipe["hue"].astype(np.float64) * 255) % 256
+    on = recipe["jitter"]
+    colour = on & (channels == 3)
     jitter = {
-        BRIGHTNESS: (_brightness, recipe["brightness"], recipe["brightness"] != 1),
-        CONTRAST: (_contrast, recipe["contrast"], recipe["contrast"] != 1),
-        SATURATION: (_saturation, recipe["saturation"], (recipe["saturation"] != 1) & (channels == 3)),
-        HUE: (_hue, shift, (recipe["hue"] != 0) & (channels == 3)),
+        BRIGHTNESS: (_brightness, recipe["brightness"], on & (recipe["brightness"] != 1)),
+        CONTRAST: (_contrast, recipe["contrast"], on & (recipe["contrast"] != 1)),
+        SATURATION: (_saturation, recipe["saturation"], colour & (recipe["saturation"] != 1)),
+        HUE: (_hue, shift, colour & (recipe["hue"] != 0)),
     }
     done = np.zeros(len(recipe), np.intp)
-    order = np.pad(recipe["order"], ((0, 0), (0, 1)), constant_values=len(jitter))  # a fifth entry: nothing is due
+    order = np.full((len(recipe), 5), len(jitter))  # the fifth entry stands for "all done": nothing is due
+    order[:, :4] = recipe["order"]
     for code in SCHEDULE:
         operation, numbers, wanted = jitter[code]
         due = order[np.arange(len(recipe)), done] == code
         done += due
-        yield _step(operation, due & wanted & recipe["jitter"], numbers[:, None])
+        yield from _step(operation, due & wanted, numbers[:, None])
 
 
-def _step(operation: Callable[[Tensor, Tensor], None], wanted: np.ndarray, numbers: np.ndarray) -> Step:
+def _step(operation: Callable[[Tensor, Tensor], None], wanted: np.ndarray, numbers: np.ndarray) -> Iterator[Step]:
+    """The step for the crops with `wanted` (n,), or nothing where no crop has it."""
     rows = np.flatnonzero(wanted)
-    return Step(operation, rows, numbers[rows])
+    if rows.size:
+        yield Step(operation, rows, numbers[rows])
 
 
 def _ship(arrays: Sequence[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
@@ -195,26 +208,30 @@ def _solarize(image: Tensor, _: Tensor) -> None:
 def _blur(image: Tensor, numbers: Tensor) -> None:
     """PIL's GaussianBlur: three box passes along x, then three along y, each rounded to whole levels."""
     bias, *weights = numbers.int().split(1, dim=1)  # (n, 1, 1, 1) each
-    # A pass runs along rows' direction, dim 2, where a shift moves whole rows of memory, so x is blurred transposed.
+    # A pass runs along dim 2, where a shift moves whole rows of memory: x comes first, so it is blurred transposed.
     # Levels are centred on zero (-128..127): then PIL's unsigned 32-bit sums fit torch's signed ones.
-    levels = (image - 128).transpose(2, 3).to(torch.int32, memory_format=torch.contiguous_format)
-    _box_passes(levels, weights, bias)
-    levels = levels.transpose(2, 3).contiguous()
-    _box_passes(levels, weights, bias)
+    levels = _box_passes(image.sub_(128).transpose(2, 3), weights, bias)
+    levels = _box_passes(levels.transpose(2, 3), weights, bias)
     torch.add(levels, 128, out=image)
 
 
-def _box_passes(levels: Tensor, weights: Sequence[Tensor], bias: Tensor) -> None:
-    """Three box filters along dim 2 of (n, C, H, W) int32, in place; weights[k] is for the pixels k away."""
-    height, reach = levels.shape[2], len(weights) - 1
-    clamped = torch.arange(-reach, height + reach, device=levels.device).clamp_(0, height - 1)
+def _box_passes(levels: Tensor, weights: Sequence[Tensor], bias: Tensor) -> Tensor:
+    """Three box filters along dim 2 of (n, C, H, W), as int32; weights[k] is for the pixels k away."""
+    n, channels, height, width = levels.shape
+    reach = len(weights) - 1
+    padded = torch.empty((n, channels, height + 2 * reach, width), dtype=torch.int32, device=levels.device)
+    before, inner, after = padded.split([reach, height, reach], dim=2)
+    inner.copy_(levels)
+    total = torch.empty((n, channels, height, width), dtype=torch.int32, device=levels.device)
     for _ in range(3):
-        padded = levels.index_select(2, clamped)  # repeats the edge
-        torch.mul(padded.narrow(2, reach, height), weights[0], out=levels)
+        before.copy_(inner[:, :, :1])  # the edge repeats without end
+        after.copy_(inner[:, :, -1:])
+        torch.mul(inner, weights[0], out=total)
         for distance in range(1, reach + 1):
-            levels.addcmul_(padded.narrow(2, reach - distance, height), weights[distance])
-            levels.addcmul_(padded.narrow(2, reach + distance, height), weights[distance])
-        levels.add_(bias).bitwise_right_shift_(24)
+            total.addcmul_(padded.narrow(2, reach - distance, height), weights[distance])
+            total.addcmul_(padded.narrow(2, reach + distance, height), weights[distance])
+        torch.bitwise_right_shift(total.add_(bias), 24, out=inner)
+    return inner
 
 
 def _box_weights(sigma: np.ndarray) -> np.ndarray:
@@ -242,6 +259,8 @@ def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequen
     if crops.dtype != torch.uint8 or crops.ndim != 4:
         raise ValueError(f"crops must be a uint8 tensor (N, C, H, W), got {crops.dtype} {tuple(crops.shape)}: "
                          "stack the decoded crops, before any scaling to 0..1")
+    if 0 in crops.shape[1:]:
+        raise ValueError(f"crops have no pixels, got the shape {tuple(crops.shape)}: C, H and W must be at least 1")
     if recipe.dtype != PAINT or recipe.shape != (len(crops),):
         raise ValueError(f"recipe must hold one PAINT record for each of the {len(crops)} crops, got dtype "
                          f"{recipe.dtype} and shape {recipe.shape}: make it with np.zeros({len(crops)}, PAINT)")

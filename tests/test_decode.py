@@ -132,11 +132,15 @@ def test_transparent_palette_entry_is_white(tmp_path, extension):
     assert_pixels(read_image(path), [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]])
 
 
-def test_palette_with_alpha_band():
+def palette_image_with_alpha():
     image = palette_image().convert("PA")
     image.putalpha(Image.fromarray(np.array([[255, 0, 255]], dtype=np.uint8)))
     assert image.mode == "PA"
-    assert_pixels(as_array(image), [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]])
+    return image
+
+
+def test_palette_with_alpha_band():
+    assert_pixels(as_array(palette_image_with_alpha()), [[[10, 20, 30], [255, 255, 255], [70, 80, 90]]])
 
 
 def test_transparent_colour_key_is_white(tmp_path):
@@ -146,10 +150,11 @@ def test_transparent_colour_key_is_white(tmp_path):
     assert_pixels(read_image(gray, 1), [[[255], [8]]])
 
 
-@pytest.mark.parametrize("mode, pixel", [("RGBa", (50, 0, 0, 100)), ("La", (0, 100))])
-def test_premultiplied_alpha(mode, pixel):
-    red, rest = (round(50 + 155), 155) if mode == "RGBa" else (155, 155)
-    assert_pixels(as_array(Image.new(mode, (1, 1), pixel)), [[[red, rest, rest]]], tolerance=1)
+@pytest.mark.parametrize(
+    "mode, pixel, expected", [("RGBa", (50, 0, 0, 100), (205, 155, 155)), ("La", (0, 100), (155, 155, 155))]
+)
+def test_premultiplied_alpha(mode, pixel, expected):
+    assert_pixels(as_array(Image.new(mode, (1, 1), pixel)), [[expected]], tolerance=1)
 
 
 # EXIF orientation
@@ -189,8 +194,9 @@ def test_exif_orientation_of_jpeg_and_of_high_bit(tmp_path, orientation):
     blocks = np.kron(np.array([[0, 50, 100], [150, 200, 250]]), np.ones((16, 16))).astype(np.uint8)
     path = saved(blocks, tmp_path / "a.jpg", exif=orientation_tag(orientation), quality=95)
     assert_pixels(read_image(path, 1)[..., 0], TURNED[orientation](blocks), tolerance=8)
-    path = saved(blocks.astype(np.uint16) * 4, tmp_path / "a.png", exif=orientation_tag(orientation))
-    assert_pixels(read_image(path, 1)[..., 0], TURNED[orientation](np.rint(blocks * (255 / 250))))
+    for extension in ("png", "tif"):
+        path = saved(blocks.astype(np.uint16) * 4, tmp_path / f"a.{extension}", exif=orientation_tag(orientation))
+        assert_pixels(read_image(path, 1)[..., 0], TURNED[orientation](np.rint(blocks * (255 / 250))))
 
 
 def test_damaged_exif_is_no_reason_to_drop_the_pixels(tmp_path):
@@ -240,8 +246,8 @@ def test_negative_values_are_stretched():
 
 
 def test_all_channels_are_stretched_together():
-    data = np.array([[[0, 1000, 2000], [500, 500, 500]]], dtype=np.uint16)
-    assert_pixels(as_array(data), [[[0, 128, 255], [64, 64, 64]]])
+    data = np.array([[[1000, 0, 2000], [500, 500, 500]]], dtype=np.uint16)
+    assert_pixels(as_array(data), [[[128, 0, 255], [64, 64, 64]]])
 
 
 @pytest.mark.parametrize("value", [5, 1000])
@@ -298,6 +304,7 @@ def test_float_just_outside_of_0_and_1_is_stretched():
 
 def test_integers_0_and_1_are_stretched_and_bool_is_0_and_255():
     assert_pixels(as_array(np.array([[0, 1]]), 1), [[[0], [255]]])
+    assert_pixels(as_array(np.array([[1, 1]]), 1), [[[0], [0]]])
     assert_pixels(as_array(torch.tensor([[True, True]]), 1), [[[255], [255]]])
     assert_pixels(as_array(np.array([[False, False]]), 1), [[[0], [0]]])
 
@@ -320,7 +327,10 @@ def test_rgba_is_kept_for_four_channels(tmp_path):
     rgba = np.arange(16, dtype=np.uint8).reshape(2, 2, 4)
     assert_pixels(read_image(saved(rgba, tmp_path / "a.png"), 4), rgba)
     path = saved(palette_image(), tmp_path / "p.png", transparency=1)
-    assert_pixels(read_image(path, 4), [[[10, 20, 30, 255], [40, 50, 60, 0], [70, 80, 90, 255]]])
+    expected = [[[10, 20, 30, 255], [40, 50, 60, 0], [70, 80, 90, 255]]]
+    assert_pixels(read_image(path, 4), expected)
+    assert_pixels(as_array(palette_image_with_alpha(), 4), expected)
+    assert_pixels(as_array(Image.new("RGBa", (1, 1), (40, 20, 0, 51)), 4), [[[200, 100, 0, 51]]])
 
 
 def test_la_is_kept_for_two_channels(tmp_path):
@@ -328,9 +338,9 @@ def test_la_is_kept_for_two_channels(tmp_path):
     assert_pixels(read_image(saved(Image.fromarray(la, "LA"), tmp_path / "a.png"), 2), la)
 
 
-def tiff_of_pages(path, pages):
+def tiff_of_pages(path, pages, **options):
     first, *rest = [Image.fromarray(page) for page in pages]
-    first.save(path, save_all=True, append_images=rest)
+    first.save(path, save_all=True, append_images=rest, **options)
     return path
 
 
@@ -350,6 +360,12 @@ def test_high_bit_pages_are_stretched_together(tmp_path):
     assert_pixels(read_image(tiff_of_pages(tmp_path / "a.tif", pages), 2), [[[0, 170], [85, 255]]])
 
 
+def test_pages_are_turned_upright(tmp_path):
+    pages = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    path = tiff_of_pages(tmp_path / "a.tif", pages, exif=orientation_tag(6))
+    assert_pixels(read_image(path, 2), np.rot90(pages.transpose(1, 2, 0), -1))
+
+
 def test_pages_that_are_not_channels_leave_the_first_page(tmp_path):
     two = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     assert_pixels(read_image(tiff_of_pages(tmp_path / "two.tif", two)), gray3(two[0]))
@@ -359,12 +375,14 @@ def test_pages_that_are_not_channels_leave_the_first_page(tmp_path):
     assert_pixels(read_image(tiff_of_pages(tmp_path / "colour.tif", colour)), COLOURS)
 
 
-def test_first_frame_of_an_animation(tmp_path):
+@pytest.mark.parametrize("extension", ["gif", "png"])
+def test_first_frame_of_an_animation(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
     frames = [Image.new("L", (3, 2), value) for value in (40, 90, 200)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    with Image.open(tmp_path / "a.gif") as image:
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with Image.open(path) as image:
         assert image.n_frames == 3
-    assert_pixels(read_image(tmp_path / "a.gif"), np.full((2, 3, 3), 40))
+    assert_pixels(read_image(path), np.full((2, 3, 3), 40))
 
 
 @pytest.mark.parametrize("in_chans, found", [(2, 3), (4, 3), (5, 3)])
@@ -530,10 +548,21 @@ def test_missing_file_and_folder(tmp_path):
     unreadable(tmp_path / "folder.jpg")
 
 
+class MakesFolder:
+    """Unpickling one of these makes a folder, as it might do anything else."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_npy_of_objects_is_not_unpickled(tmp_path):
     path = tmp_path / "a.npy"
-    np.save(path, np.array([[{"a": 1}]], dtype=object), allow_pickle=True)
+    np.save(path, np.array([[MakesFolder(tmp_path / "made")]], dtype=object), allow_pickle=True)
     unreadable(path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_npz_and_damaged_header_by_the_name_of_npy(tmp_path):

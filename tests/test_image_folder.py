@@ -249,7 +249,7 @@ def test_missing_root(tmp_path, monkeypatch):
 
 
 def test_root_is_a_file(tmp_path):
-    with pytest.raises(NotADirectoryError) as caught:
+    with pytest.raises(NotADirectoryError, match="is a file: pass the folder") as caught:
         ImageFolder(fill(tmp_path, "a.jpg") / "a.jpg")
     assert str(tmp_path / "a.jpg") in str(caught.value)
 
@@ -277,7 +277,7 @@ def test_root_without_images_tells_what_is_there(tmp_path):
 
 
 def test_without_train_the_root_is_the_training_folder(tmp_path):
-    fill(tmp_path, "val/1.jpg", "train.jpg")
+    fill(tmp_path, "val/1.jpg", "train")  # a file by that name
     assert find_splits(str(tmp_path)) == (tmp_path, None)
     assert find_splits(tmp_path / "missing") == (tmp_path / "missing", None)
 

@@ -34,7 +34,7 @@ import torch
 from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 
 _HIGH_BIT_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
-_EXPANDED_MODES = {"1": "L", "PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
+_EXPANDED_MODES = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,22 +71,23 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> np.ndarray:
     (a ValueError) for an intact image of another number of channels.
     """
     name = os.fspath(path)
-    with _errors_naming(name):
+    # PIL gets the open file rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles
+    # one that its orientation tag turns by a quarter (seen in Pillow 13.0).
+    with _errors_naming(name), open(name, "rb") as file:
         if name.lower().endswith(".npy"):
-            with open(name, "rb") as file:
-                # Unlike np.load this never takes a zip archive or a pickle for an array.
-                data = np.lib.format.read_array(file, allow_pickle=False)
+            # Unlike np.load this never takes a zip archive or a pickle for an array.
+            data = np.lib.format.read_array(file, allow_pickle=False)
             return _from_array(data, in_chans, channel_axes=(-1, 0))
-        with Image.open(name) as image:
+        with Image.open(file) as image:
             return _from_pil(image, in_chans)
 
 
 def as_array(image: Image.Image | torch.Tensor | np.ndarray, in_chans: int = 3) -> np.ndarray:
     """The same for an image in memory: uint8 (H, W, in_chans), C-contiguous and writable.
 
-    The result shares its memory with an array or tensor that is all of this already. Raises TypeError for another type or dtype,
-    ChannelMismatch (a ValueError) for another number of channels, ValueError for another shape, no pixels, NaN or
-    infinity, and UnreadableImage for a PIL image that fails to decode (PIL decodes on first use).
+    The result shares its memory with an array or tensor that is all of this already. Raises TypeError for another type
+    or dtype, ChannelMismatch (a ValueError) for another number of channels, ValueError for another shape, no pixels,
+    NaN or infinity, and UnreadableImage for a PIL image that fails to decode (PIL decodes on first use).
     """
     if isinstance(image, Image.Image):
         source = getattr(image, "filename", "") or f"a PIL image of mode {image.mode} and size {image.size}"
@@ -111,7 +112,7 @@ def _errors_naming(source: str) -> Iterator[None]:
     except ChannelMismatch as error:
         raise ChannelMismatch(f"{source}: {error}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(source, "not an image of a kind that PIL opens (save other data as .npy)") from error
+        raise UnreadableImage(source, "not an image that PIL can open (save other data as .npy)") from error
     except Exception as error:
         # Decoders raise anything for damaged bytes: fuzzing found nine types, from KeyError to tokenize.TokenError.
         raise UnreadableImage(source, f"{error} ({type(error).__name__})") from error
@@ -135,9 +136,9 @@ def _from_pil(image: Image.Image, in_chans: int) -> np.ndarray:
 
 def _pages(image: Image.Image, in_chans: int) -> np.ndarray | None:
     """The pages of a TIFF as the channels of one array (H, W, in_chans), or None where the rule has no such case."""
-    if image.format != "TIFF" or in_chans == 1 or getattr(image, "n_frames", 1) != in_chans:
+    if image.format != "TIFF" or getattr(image, "n_frames", 1) != in_chans:
         return None
-    pages = [_upright(page) for page in ImageSequence.all_frames(image)]
+    pages = ImageSequence.all_frames(image)  # upright already: PIL turns a TIFF, and no other format, while it loads
     if len({(page.mode, page.size) for page in pages}) > 1 or pages[0].mode not in _HIGH_BIT_MODES | {"L"}:
         return None
     return np.stack([np.asarray(page) for page in pages], axis=-1)
@@ -167,7 +168,7 @@ def _gray(image: Image.Image) -> Image.Image:
 
 
 def _expanded(image: Image.Image) -> Image.Image:
-    """The image with one band per channel: no palette indices, packed bits or premultiplied alpha."""
+    """The image with one band per channel: no palette indices and no premultiplied alpha."""
     if image.mode == "P":
         return image.convert("RGBA" if image.has_transparency_data else "RGB")
     return image.convert(_EXPANDED_MODES[image.mode]) if image.mode in _EXPANDED_MODES else image

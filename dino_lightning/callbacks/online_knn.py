@@ -1,0 +1,62 @@
+"""k-NN accuracy of the teacher's features during training: the number that says whether the run learns anything."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from dino_lightning.evaluation import knn_accuracy
+
+
+class OnlineKNN(Callback):
+    """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query].
+
+    Exact on any number of ranks. Without labelled loaders it does nothing; ``Trainer(check_val_every_n_epoch=n)`` says how
+    often it runs.
+
+    Args:
+        k: neighbours; clamped to the size of the bank.
+        temperature: of the votes.
+    """
+
+    def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
+        self.k = k
+        self.temperature = temperature
+        self._batches: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] = ([], [])
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = ([], [])
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._batches[dataloader_idx].append(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        bank, queries = self._batches
+        self._batches = ([], [])
+        if trainer.sanity_checking or not bank or not queries:
+            return
+        top1, top5 = knn_accuracy(
+            *_gather(trainer, 0, bank), *_gather(trainer, 1, queries), k=self.k, temperature=self.temperature
+        )
+        pl_module.log_dict({"val/knn_top1": top1, "val/knn_top5": top5}, prog_bar=True, rank_zero_only=True)
+
+
+def _gather(trainer: Trainer, loader: int, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) of a loader over all ranks, each sample once and in order."""
+    features, labels = (torch.cat([batch[name] for batch in batches]) for name in ("features", "labels"))
+    if trainer.world_size == 1:
+        return features, labels
+    count = len(trainer.val_dataloaders[loader].dataset)
+    # Lightning deals the samples out in turn and repeats some, so that the ranks have the same number.
+    return tuple(
+        trainer.strategy.all_gather(mine).transpose(0, 1).flatten(0, 1)[:count] for mine in (features, labels)
+    )

@@ -1,0 +1,124 @@
+"""The command line: ``dino-lightning fit|validate|test|predict`` is a LightningCLI with recipes and resumable runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from dino_lightning import recipes
+from dino_lightning.callbacks import OnlineKNN, ProgressBar, RunConfig
+from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.module import DINOModule
+
+
+class DINOCLI(LightningCLI):
+    """LightningCLI for DINOModule and MultiCropDataModule.
+
+    Beyond Lightning's: explicit arguments win over those in a checkpoint, ``--ckpt_path last`` finds the newest checkpoint
+    under the root folder, and the configuration is kept in the run folder.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        listing = "\n".join(f"  {name:<20}{recipes.summary(name)}" for name in recipes.names())
+        help_texts = {"epilog": f"recipes for --config:\n{listing}", "formatter_class": _HelpFormatter}
+        super().__init__(
+            DINOModule,
+            MultiCropDataModule,
+            save_config_callback=RunConfig,
+            seed_everything_default=0,
+            trainer_defaults={"max_epochs": 100},
+            parser_kwargs={
+                "description": "DINO: self-supervised learning on a folder of images.",
+                **help_texts,
+                **{name: help_texts for name in self.subcommands()},
+            },
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.in_chans", "model.in_chans")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
+        args = _with_recipes(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(args)
+        options = self.config.get(self.config.get("subcommand"))
+        if options is None or not options.get("ckpt_path"):
+            return
+        if options.ckpt_path == "last":
+            options.ckpt_path = _last_checkpoint(options.trainer.default_root_dir)
+        if Path(options.ckpt_path).is_file():
+            path = options.ckpt_path
+            known = self._parser(self.config.subcommand)
+            known.set_defaults({f"model.{name}": value for name, value in _hyper_parameters(path).items()})
+            self.config = parser.parse_args(args)
+            self.config[self.config.subcommand].ckpt_path = path
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has taken them in already."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self._get(self.config_init, "trainer")
+        given = options.callbacks if isinstance(options.callbacks, list) else [c for c in [options.callbacks] if c]
+
+        def is_given(kind: type) -> bool:
+            return any(isinstance(callback, kind) for callback in given)
+
+        if options.enable_checkpointing is False or is_given(ModelCheckpoint):
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        ours = [] if is_given(OnlineKNN) else [OnlineKNN()]
+        if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
+            ours.append(ProgressBar())
+        self.trainer_defaults["callbacks"] = ours
+        return super().instantiate_trainer(**kwargs)
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the list of recipes line by line."""
+
+
+def _with_recipes(args: Sequence[str]) -> list[str]:
+    """Replaces the names of recipes behind --config by their paths."""
+    resolved = []
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c") and equals:
+            arg = f"{option}={recipes.resolve(value)}"
+        elif i > 0 and args[i - 1] in ("--config", "-c"):
+            arg = recipes.resolve(arg)
+        resolved.append(arg)
+    return resolved
+
+
+def _last_checkpoint(root: str | None) -> str:
+    folder = Path(root or ".")
+    found = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: there is no checkpoints/last.ckpt below {folder.resolve()}; "
+            "set trainer.default_root_dir to the folder of the earlier run, or name the file"
+        )
+    return str(found[-1])
+
+
+def _hyper_parameters(path: str) -> dict[str, Any]:
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name[0] != "_"}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command ``dino-lightning``."""
+    args = sys.argv[1:] if args is None else list(args)
+    DINOCLI(args or ["--help"])

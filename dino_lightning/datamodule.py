@@ -1,0 +1,224 @@
+"""MultiCropDataModule: images in, painted views out; labelled images for the monitors; images with paths for prediction."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lightning.datasets import ImageFolder, find_splits
+from dino_lightning.datasets.unreadable import UnreadableLedger
+from dino_lightning.datasets.views import EvaluationViews, TrainingViews, Unpainted, collate_views
+from dino_lightning.multicrop import MultiCrop
+from dino_lightning.painting import paint
+from dino_lightning.sampler import EpochSampler, training_position
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class MultiCropDataModule(LightningDataModule):
+    """Views for DINO from a folder of images or any map-style Dataset.
+
+    The workers read, crop and decide; the device paints (colour jitter, blur, solarization), in on_after_batch_transfer.
+    What an image becomes depends on the seed, the epoch and its index alone, not on workers or ranks.
+
+    Training batches are (views, labels): a list of tensors (B, C, H, W), two global then the local ones, and (B,) labels, -1
+    where there are none; DINO does not use them.
+
+    Args:
+        root: folder of images, flat or nested, with or without class folders. With a subfolder train/, that is trained on,
+            and val/, validation/ or test/ (the first there is) holds the labelled queries of the monitors.
+        dataset: instead of root, a map-style Dataset that yields an image or (image, label, ...); an image is a PIL image, a
+            tensor (C, H, W) or an array (H, W, C).
+        batch_size: images per device in a batch.
+        num_workers: worker processes per device; by default one for each CPU core this process may use, at most 16.
+        global_crops_size: pixels of the two global crops, int or (H, W).
+        global_crops_scale: least and largest share of the image's area in a global crop.
+        local_crops_number: local crops per image.
+        local_crops_size: pixels of the local crops, int or (H, W).
+        local_crops_scale: least and largest share of the image's area in a local crop.
+        color_jitter: strengths of brightness, contrast, saturation and hue.
+        jitter_p: probability of the colour jitter.
+        grayscale_p: probability of grayscale.
+        blur_p: probability of a Gaussian blur in the first global, the second global, and a local crop.
+        blur_sigma: least and largest standard deviation of the blur, in pixels.
+        solarize_p: probability of solarization in the second global crop.
+        hflip_p: probability of a left-right flip.
+        vflip_p: probability of an upside-down flip, for images without an up, such as satellite and microscopy ones.
+        in_chans: channels; other than 3, only brightness, contrast, blur and flips are applied.
+        mean: per channel, in [0, 1]; by default ImageNet's, or 0.5 for other channel counts.
+        std: per channel, in [0, 1]; by default ImageNet's, or 0.5 for other channel counts.
+        seed: of order and augmentation; by default that of seed_everything, or 0.
+        max_unreadable: largest share of the images that may be unreadable in an epoch before the run stops. An unreadable
+            image is replaced by another one and named in the log.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        dataset: Dataset | None = None,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        global_crops_size: int | tuple[int, int] = 224,
+        global_crops_scale: tuple[float, float] = (0.4, 1.0),
+        local_crops_number: int = 8,
+        local_crops_size: int | tuple[int, int] = 96,
+        local_crops_scale: tuple[float, float] = (0.05, 0.4),
+        color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1),
+        jitter_p: float = 0.8,
+        grayscale_p: float = 0.2,
+        blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        solarize_p: float = 0.2,
+        hflip_p: float = 0.5,
+        vflip_p: float = 0.0,
+        in_chans: int = 3,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int | None = None,
+        max_unreadable: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if (root is None) == (dataset is None):
+            raise ValueError(f"give either root or dataset, got root={root!r} and dataset={dataset!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.root = None if root is None else Path(root).expanduser()
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.num_workers = _default_workers() if num_workers is None else num_workers
+        self.in_chans = in_chans
+        self.mean = _per_channel("mean", mean, _IMAGENET_MEAN, in_chans)
+        self.std = _per_channel("std", std, _IMAGENET_STD, in_chans)
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        self.max_unreadable = max_unreadable
+        self.multicrop = MultiCrop(
+            global_crops_size=_pair(global_crops_size),
+            global_crops_scale=tuple(global_crops_scale),
+            local_crops_number=local_crops_number,
+            local_crops_size=_pair(local_crops_size),
+            local_crops_scale=tuple(local_crops_scale),
+            color_jitter=tuple(color_jitter),
+            jitter_p=jitter_p,
+            grayscale_p=grayscale_p,
+            blur_p=tuple(blur_p),
+            blur_sigma=tuple(blur_sigma),
+            solarize_p=solarize_p,
+            hflip_p=hflip_p,
+            vflip_p=vflip_p,
+        )
+        self._train_source: Dataset | None = None
+        self._labelled: list[ImageFolder] = []
+        self._unreadable = UnreadableLedger(max_unreadable)
+
+    def setup(self, stage: str) -> None:
+        """Lists the images. Raises for a folder without images, or fewer of them than a batch over all devices holds."""
+        if stage == "predict":
+            return
+        if self._train_source is None:
+            if self.root is None:
+                self._train_source = self.dataset
+            else:
+                train, queries = find_splits(self.root)
+                self._train_source = ImageFolder(train, self.in_chans)
+                if queries is not None and self._train_source.classes is not None:
+                    self._labelled = [
+                        self._train_source,
+                        ImageFolder(queries, self.in_chans, classes=self._train_source.classes),
+                    ]
+        if stage == "fit":
+            needed = self.batch_size * self._world_size
+            if len(self._train_source) < needed:
+                raise ValueError(
+                    f"{len(self._train_source)} images are fewer than one batch: batch_size={self.batch_size} on "
+                    f"{self._world_size} device(s) needs {needed}; lower batch_size"
+                )
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        return self._loader(
+            TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed),
+            drop_last=True,
+            collate_fn=collate_views,
+            sampler=EpochSampler(
+                self._train_source,
+                self.batch_size,
+                self._world_size,
+                trainer.global_rank if trainer else 0,
+                self.seed,
+                position=(lambda: training_position(trainer)) if trainer else None,
+            ),
+        )
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """[bank, query] of labelled images, or nothing without labelled splits."""
+        size = self.multicrop.global_crops_size
+        return [self._loader(EvaluationViews(source, size, self.in_chans)) for source in self._labelled]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader:
+        """All images below the root, or of the dataset, with their paths."""
+        source = self.dataset if self.root is None else ImageFolder(self.root, self.in_chans)
+        return self._loader(EvaluationViews(source, self.multicrop.global_crops_size, self.in_chans, paths=True))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if isinstance(batch, Unpainted):
+            if self.trainer is not None:
+                self._unreadable.note(self.trainer, batch)
+            return self.paint(batch), batch.labels
+        images, *rest = batch
+        return self._normalize(images), *rest
+
+    def paint(self, batch: Unpainted) -> list[Tensor]:
+        """The views of a batch, painted and normalised on the device they are on: V tensors (B, C, H, W)."""
+        views: list[Tensor] = []
+        for crops, recipe in zip(batch.crops, batch.recipes):
+            painted = paint(crops.flatten(0, 1), recipe.reshape(-1), self.mean, self.std)
+            views += painted.chunk(len(crops))
+        return views
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) → float32 as the painted views are."""
+        mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
+
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+
+def _default_workers() -> int:
+    devices = max(1, torch.cuda.device_count())
+    return min(16, len(os.sched_getaffinity(0)) // devices) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _per_channel(
+    name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], in_chans: int
+) -> tuple[float, ...]:
+    values = tuple(values) if values is not None else imagenet if in_chans == 3 else (0.5,) * in_chans
+    if len(values) != in_chans:
+        raise ValueError(f"{name} has {len(values)} values {values}, but there are in_chans={in_chans} channels")
+    return values

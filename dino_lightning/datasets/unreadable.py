@@ -1,0 +1,59 @@
+"""Counts the images that could not be read, names them at the end of an epoch, and stops a run that has too many."""
+
+import logging
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+
+from dino_lightning.datasets.views import Unpainted
+
+log = logging.getLogger(__name__)
+
+_NAMED = 20
+
+
+class UnreadableImagesError(RuntimeError):
+    """More of the images could not be read than is allowed."""
+
+
+class UnreadableLedger:
+    """What could not be read in the running epoch, over all ranks at its end."""
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self._lines: list[str] = []
+        self._images = 0
+
+    def note(self, trainer: Trainer, batch: Unpainted) -> None:
+        """Counts a training batch; with the last one of an epoch the unreadable images are named in the log.
+
+        Raises:
+            UnreadableImagesError: on all ranks, if they are more than the allowed share of the epoch's images.
+        """
+        self._lines += batch.unreadable
+        self._images += len(batch.labels)
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready + 1 < trainer.num_training_batches:
+            return
+        lines, images = self._over_all_ranks()
+        self._lines, self._images = [], 0
+        if not lines:
+            return
+        named = "\n".join(lines[:_NAMED]) + (f"\n... and {len(lines) - _NAMED} more" if len(lines) > _NAMED else "")
+        if trainer.is_global_zero:
+            log.warning(
+                "%d of the %d images of epoch %d could not be read and were replaced by others:\n%s",
+                *(len(lines), images, trainer.current_epoch, named),
+            )
+        if len(lines) > self.max_share * images:
+            raise UnreadableImagesError(
+                f"{len(lines)} of {images} images could not be read, more than max_unreadable={self.max_share:.3g} of them; "
+                f"remove or repair them, or raise max_unreadable:\n{named}"
+            )
+
+    def _over_all_ranks(self) -> tuple[list[str], int]:
+        mine = (self._lines, self._images)
+        if not (dist.is_available() and dist.is_initialized()):
+            return sorted(set(self._lines)), self._images
+        ranks: list = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, mine)
+        return sorted({line for lines, _ in ranks for line in lines}), sum(images for _, images in ranks)

@@ -1,0 +1,101 @@
+"""From a source of images to what the loaders yield: training views, evaluation views, images with their paths."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from dino_lightning.datasets.decode import UnreadableImage, as_array
+from dino_lightning.multicrop import MultiCrop, center_view
+from dino_lightning.randomness import generator
+
+_UNREADABLE = (UnreadableImage, OSError, SyntaxError)  # PIL raises a SyntaxError for some broken PNGs
+_ATTEMPTS = 10
+_REPLACEMENT = 2**32  # keeps the draws of a replacement apart from those of the views
+
+
+class Unpainted(NamedTuple):
+    """A batch of training views before the device paints them; global and local views apart, views-major.
+
+    ``crops``: uint8 (2, B, C, H, W) and, if there are local views, (V, B, C, h, w). ``recipes``: to match, ``PAINT`` records
+    (2, B) and (V, B) on the host. ``labels``: (B,), -1 where there is none. ``unreadable``: what could not be read, and why.
+    """
+
+    crops: list[Tensor]
+    recipes: list[np.ndarray]
+    labels: Tensor
+    unreadable: list[str]
+
+
+def load(source: Dataset, index: int, in_chans: int) -> tuple[np.ndarray, int]:
+    """Image (H, W, C) of uint8 and label (-1 without) of a sample that is an image or (image, label, ...)."""
+    sample = source[index]
+    image, *rest = sample if isinstance(sample, tuple | list) else (sample,)
+    is_label = bool(rest) and np.ndim(rest[0]) == 0 and np.issubdtype(np.asarray(rest[0]).dtype, np.integer)
+    return as_array(image, in_chans), int(rest[0]) if is_label else -1
+
+
+def describe(source: Dataset, index: int) -> str:
+    return source.path(index) if hasattr(source, "path") else f"sample {index}"
+
+
+class TrainingViews(Dataset):
+    """(epoch, index) → crops, recipe, label and unreadable images, as a function of (seed, epoch, index) alone.
+
+    An image that cannot be read is replaced by another one of the source, always the same for (seed, epoch, index).
+    """
+
+    def __init__(self, source: Dataset, multicrop: MultiCrop, in_chans: int, seed: int) -> None:
+        self.source, self.multicrop, self.in_chans, self.seed = source, multicrop, in_chans, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> tuple[list[Tensor], np.ndarray, int, list[str]]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        (image, label), unreadable = self._load(epoch, index)
+        crops, recipe = self.multicrop(image, self.seed, epoch, index)
+        return crops, recipe, label, unreadable
+
+    def _load(self, epoch: int, index: int) -> tuple[tuple[np.ndarray, int], list[str]]:
+        unreadable: list[str] = []
+        candidate = index
+        for attempt in range(_ATTEMPTS):
+            try:
+                return load(self.source, candidate, self.in_chans), unreadable
+            except _UNREADABLE as error:
+                unreadable.append(f"{describe(self.source, candidate)}: {getattr(error, 'reason', error)}")
+            candidate = int(generator(self.seed, epoch, index, _REPLACEMENT + attempt).integers(len(self)))
+        raise RuntimeError(f"{_ATTEMPTS} images in a row could not be read:\n" + "\n".join(unreadable))
+
+
+def collate_views(samples: Sequence[tuple]) -> Unpainted:
+    """Samples of ``TrainingViews`` → one ``Unpainted`` batch."""
+    crops, recipes, labels, unreadable = zip(*samples)
+    n_views, batch = len(crops[0]), len(samples)
+    groups = [range(2), range(2, n_views)] if n_views > 2 else [range(2)]
+    by_view = np.stack(recipes, axis=1)  # (V, B)
+    return Unpainted(
+        # default_collate stacks straight into shared memory when it runs in a worker.
+        [default_collate([c[v] for v in group for c in crops]).unflatten(0, (len(group), batch)) for group in groups],
+        [by_view[group.start : group.stop] for group in groups],
+        torch.tensor(labels),
+        [line for lines in unreadable for line in lines],
+    )
+
+
+class EvaluationViews(Dataset):
+    """index → centre view (C, h, w) of uint8, and the label, or with ``paths`` the image's path."""
+
+    def __init__(self, source: Dataset, size: tuple[int, int], in_chans: int, paths: bool = False) -> None:
+        self.source, self.size, self.in_chans, self.paths = source, size, in_chans, paths
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = load(self.source, index, self.in_chans)
+        return center_view(image, self.size), describe(self.source, index) if self.paths else label

@@ -1,0 +1,35 @@
+"""The recipes: YAML files in ``configs/`` that hold what differs from the defaults, found by name."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def folder() -> Path:
+    """Where the recipes lie: in the package when it was installed from a wheel, beside it in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def summary(name: str) -> str:
+    """The first comment line of a recipe."""
+    first_line = (folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first_line.lstrip("# ")
+
+
+def resolve(config: str) -> str:
+    """A path as it is; the name of a recipe (``vit_small``, with or without .yaml) becomes its path.
+
+    Raises:
+        FileNotFoundError: if it is neither, listing the recipes.
+    """
+    if Path(config).exists() or "\n" in config:
+        return config
+    recipe = folder() / f"{Path(config).name.removesuffix('.yaml')}.yaml"
+    if recipe.exists() and Path(config).name == config:
+        return str(recipe)
+    raise FileNotFoundError(f"there is no config file {config!r} and no recipe of that name; recipes: {', '.join(names())}")
