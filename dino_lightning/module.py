@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -277,9 +278,9 @@ class DINOModule(LightningModule):
         report = self._guard.check()
         if report is None:
             return
-        callback = self.trainer.checkpoint_callback
-        path = getattr(callback, "last_model_path", "") or getattr(callback, "best_model_path", "")
-        last = f"the last checkpoint is {path}" if path else "there is no checkpoint yet"
+        folder = Path(getattr(self.trainer.checkpoint_callback, "dirpath", None) or os.devnull)
+        newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
+        last = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise NonFiniteLossError(
             f"{report()}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
             "instead of 16-mixed. All ranks stop here"

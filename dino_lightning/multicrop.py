@@ -123,7 +123,10 @@ def crop_box(
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels (H, W, C) of uint8 → (C, h, w) of uint8, bicubic and antialiased: PIL's resize to within one level."""
+    """Pixels (H, W, C) of uint8 → (C, h, w) of uint8, bicubic and antialiased.
+
+    Equal to PIL's resize to within one level; on pure noise two levels for fewer than one pixel in a thousand.
+    """
     # The crop is copied first: a dense channels-last image takes torch's fast path, eight times faster than PIL.
     image = pixels.contiguous().permute(2, 0, 1)[None]
     return F.interpolate(image, size, mode="bicubic", antialias=True)[0]

@@ -2,16 +2,16 @@
 
 The worker decides, the device paints: a DataLoader worker ships each crop with the few numbers it sampled (one `PAINT`
 record), and `paint` is a deterministic function of the two. No decision is read back from the device: the records stay
-on the host, so which crops need which operation is known there, and a batch costs two small host-to-device copies.
+on the host, so which crops need which operation is known there, and a batch costs three small host-to-device copies.
 
 The reference is torchvision.transforms.functional on PIL images: PIL's ImageEnhance (Blend.c), its L and HSV
 conversions (Convert.c), GaussianBlur (BoxBlur.c) and ImageOps.solarize. Against Pillow 13.0 for x86-64, on the CPU, no
 level of any operation differs. Tried: all 2**24 colours in one image, under 7 hue shifts, 12 factors each of
 brightness, contrast and saturation, gray and solarize; blur of the same colours shuffled, with 9 sigmas from 0.001
-to 5.3. The levels pass through no step whose rounding a device may choose (no fused multiply-add, no division by a
-Python number), so a GPU should give the same ones. A Pillow built with fused multiply-add (it is the compiler's choice
-on other processors) may blend a level that lies within float32 rounding of a whole number to its neighbour. The
-normalised floats are those of (x / 255 - mean) / std in float32; a GPU's may be off in the last bit.
+to 5.3. The levels pass through no step whose rounding a device may choose (no fused multiply-add, no quotient by a
+Python number that CUDA would turn into a product), so a GPU should give the same ones; that has not been tried. A
+Pillow built with fused multiply-add (the compiler's choice on other processors) may blend a level within float32
+rounding of a whole number to its neighbour. The normalised floats may be off in the last bit on a GPU.
 """
 
 import math
@@ -62,7 +62,7 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
         float32 (N, C, H, W), contiguous, on the device of `crops`.
     """
     _check(crops, recipe, mean, std)
-    # float32 holds the levels 0..255 from here on: every operation leaves whole numbers, and uint8 would only add casts.
+    # float32 from here on: every operation leaves whole levels 0..255, so uint8 would only add casts.
     image = crops.to(torch.float32, memory_format=torch.contiguous_format)
     center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
     # A GPU wants few large kernels; a CPU wants its temporaries in cache: one crop of 224 at a time, or seven of 96.
@@ -96,8 +96,7 @@ def _steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
     nothing = np.empty((len(recipe), 0))
     if channels == 3:
         yield from _step(_gray, recipe["gray"], nothing)
-    for _, rows, sigma in _step(_blur, recipe["blur_sigma"] > 0, recipe["blur_sigma"]):
-        yield Step(_blur, rows, _box_weights(sigma))
+    yield from _step(_blur, recipe["blur_sigma"] > 0, _box_weights(recipe["blur_sigma"]))
     if channels == 3:
         yield from _step(_solarize, recipe["solarize"], nothing)
 
@@ -132,7 +131,7 @@ def _step(operation: Callable[[Tensor, Tensor], None], wanted: np.ndarray, numbe
 
 
 def _ship(arrays: Sequence[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
-    """Move all arrays to the device in one copy; each comes back as a view of it with its own shape."""
+    """Move all arrays to the device in one copy; each comes back with its own shape."""
     flat = torch.from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(dtype))
     if device.type == "cuda":
         flat = flat.pin_memory()  # else the driver may wait for the stream before it stages the copy
@@ -256,24 +255,19 @@ def _box_weights(sigma: np.ndarray) -> np.ndarray:
 
 
 def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
-    if crops.dtype != torch.uint8 or crops.ndim != 4:
-        raise ValueError(f"crops must be a uint8 tensor (N, C, H, W), got {crops.dtype} {tuple(crops.shape)}: "
+    n, shape = len(crops), tuple(crops.shape)
+    if crops.dtype != torch.uint8 or len(shape) != 4 or 0 in shape[1:]:
+        raise ValueError(f"crops must be uint8 (N, C, H, W) with at least one pixel, got {crops.dtype} {shape}: "
                          "stack the decoded crops, before any scaling to 0..1")
-    if 0 in crops.shape[1:]:
-        raise ValueError(f"crops have no pixels, got the shape {tuple(crops.shape)}: C, H and W must be at least 1")
-    if recipe.dtype != PAINT or recipe.shape != (len(crops),):
-        raise ValueError(f"recipe must hold one PAINT record for each of the {len(crops)} crops, got dtype "
-                         f"{recipe.dtype} and shape {recipe.shape}: make it with np.zeros({len(crops)}, PAINT)")
+    if recipe.dtype != PAINT or recipe.shape != (n,):
+        raise ValueError(f"recipe must hold one PAINT record for each of the {n} crops, got {recipe.dtype} "
+                         f"{recipe.shape}: make it with np.zeros({n}, PAINT)")
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) != crops.shape[1]:
-            raise ValueError(f"{name} has {len(values)} entries, but crops have {crops.shape[1]} channels: "
-                             "give one number per channel")
-    order = recipe["order"][recipe["jitter"]]
-    wrong = (np.sort(order, axis=1) != np.arange(4)).any(axis=1)
-    if wrong.any():
-        raise ValueError(f"order must be a permutation of 0, 1, 2, 3, got {order[wrong][0].tolist()}: "
-                         "sample it with numpy's Generator.permutation(4)")
+        if len(values) != shape[1]:
+            raise ValueError(f"{name} has {len(values)} entries, but the crops have {shape[1]} channels: give one each")
+    for order in recipe["order"][recipe["jitter"]]:
+        if sorted(order) != [0, 1, 2, 3]:
+            raise ValueError(f"order must be a permutation of 0, 1, 2, 3, got {order.tolist()}: sample a permutation")
     for name in ("brightness", "contrast", "saturation", "hue", "blur_sigma"):
-        if not np.isfinite(recipe[name]).all():
-            raise ValueError(f"recipe[{name!r}] has the value {recipe[name][~np.isfinite(recipe[name])][0]}: "
-                             "use 1 (hue and blur_sigma: 0) to leave the operation out")
+        for number in recipe[name][~np.isfinite(recipe[name])]:
+            raise ValueError(f"{name} must be finite, got {number}: to leave it out give 1 (hue, blur_sigma: 0)")

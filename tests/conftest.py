@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+torch.set_num_threads(1)  # the networks here are tiny: threads would only wait for each other
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

@@ -277,12 +277,12 @@ def changed(**numbers) -> np.ndarray:
 @pytest.mark.parametrize("crops, recipe, mean, message", [
     (torch.zeros(2, 3, 8, 8), changed(), [0] * 3, r"uint8.*float32"),
     (torch.zeros(3, 8, 8, dtype=torch.uint8), changed(), [0] * 3, r"\(N, C, H, W\).*\(3, 8, 8\)"),
-    (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), changed(), [0] * 3, "no pixels"),
+    (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), changed(), [0] * 3, "at least one pixel"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed()[:1], [0] * 3, r"each of the 2 crops.*\(1,\)"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.zeros(2), [0] * 3, "float64"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(), [0.5], "mean has 1 entries.*3 channels"),
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(order=[0, 1, 1, 3]), [0] * 3, r"\[0, 1, 1, 3\]"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(hue=np.nan), [0] * 3, "'hue'.*nan"),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(hue=np.nan), [0] * 3, "hue must be finite, got nan"),
 ])
 def test_wrong_arguments_are_named(crops, recipe, mean, message):
     with pytest.raises(ValueError, match=message):

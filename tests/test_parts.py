@@ -32,8 +32,9 @@ def test_head_equals_the_reference(golden, variant):
     gradients = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
     expected = g.part(f"{variant}.grad.")
     assert gradients.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(gradients[name], value, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
 
 
 def test_head_initialisation():
