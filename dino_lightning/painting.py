@@ -146,7 +146,7 @@ def _brightness(image: Tensor, factor: Tensor) -> None:
 def _contrast(image: Tensor, factor: Tensor) -> None:
     gray = _luma(image) if image.shape[1] == 3 else image
     count = gray[0].numel()
-    total = gray.sum((1, 2, 3), dtype=torch.float64, keepdim=True)  # exact
+    total = gray.sum((1, 2, 3), dtype=_wide(image.device), keepdim=True)
     _blend(image, torch.floor_divide(total + count / 2, count).float(), factor)  # int(mean + 0.5)
 
 
@@ -158,6 +158,11 @@ def _blend(image: Tensor, base: Tensor, factor: Tensor) -> None:
     """PIL's Image.blend(base, image, factor): float32, one rounding per operation, clipped, truncated."""
     # Three separate kernels and no addcmul or lerp: those may fuse the product and the sum, which rounds otherwise.
     image.sub_(base).mul_(factor).add_(base).clamp_(0, 255).floor_()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """What is exact for sums; Apple's GPUs have no float64, and a few hues may be a level off there."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _luma(image: Tensor) -> Tensor:
@@ -188,7 +193,7 @@ def _hue_turns(image: Tensor, value: Tensor, span: Tensor) -> Tensor:
     red, green, _ = image.split(1, dim=1)
     # float32 quotients, then sums in float64, then float32 again: in C the constants 2.0 and 4.0 are doubles, and
     # rounding the sums twice would move some hues to the neighbouring level.
-    from_red, from_green, from_blue = ((value - image) / span.clamp(min=1)).double().split(1, dim=1)
+    from_red, from_green, from_blue = ((value - image) / span.clamp(min=1)).to(_wide(image.device)).split(1, dim=1)
     sixths = torch.where(red == value, from_blue - from_green,
                          torch.where(green == value, 2 + from_red - from_blue, 4 + from_green - from_red))
     # The divisor is a tensor because CUDA multiplies by the reciprocal of a number, which rounds otherwise.

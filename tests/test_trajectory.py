@@ -1,5 +1,6 @@
 """Whole training runs of the reference, by a real Trainer: plain, accumulated, resumed, and on two real processes."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,8 @@ def test_resumed_from_the_end_of_an_epoch(run, tmp_path):
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes(run, tmp_path):
     script = Path(__file__).with_name("trajectory.py")
-    done = subprocess.run([sys.executable, script, run, tmp_path], capture_output=True, text=True, timeout=300)
+    command, one_thread = [sys.executable, script, run, tmp_path], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
     assert done.returncode == 0, done.stderr
     golden, ranks = Golden(run), [torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1)]
     losses = torch.tensor([rank["losses"] for rank in ranks]).double().mean(dim=0)

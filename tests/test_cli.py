@@ -1,0 +1,240 @@
+"""The command line: help, recipes, configs that round-trip, resuming, run folders, W&B."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_images
+from lightning.pytorch.cli import LightningCLI
+
+from dino_lightning import DINOModule, MultiCropDataModule, recipes
+from dino_lightning.cli import DINOCLI, main
+
+SMALL = """
+data: {batch_size: 4, num_workers: 0, global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
+model:
+  backbone:
+    class_path: dino_lightning.VisionTransformer
+    init_args: {img_size: 32, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}
+  out_dim: 64
+  hidden_dim: 32
+  warmup_epochs: 1
+trainer: {accelerator: cpu, devices: 1, max_epochs: 2, enable_model_summary: false, log_every_n_steps: 1}
+"""
+
+
+@pytest.fixture
+def run_dir(tmp_path, image_folder, monkeypatch):
+    """A folder to run in, with small.yaml, and images/ of 24 photographs."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(SMALL)
+    return tmp_path
+
+
+def fit(*args):
+    main(["fit", "--config", "small.yaml", "--data.root", "images", *args])
+
+
+def printed(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert not stop.value.code
+    return capsys.readouterr().out
+
+
+def test_help_lists_commands_and_recipes(capsys):
+    text = printed(capsys, "--help")
+    for word in ("fit", "validate", "test", "predict", "recipes for --config", *recipes.names()):
+        assert word in text
+    assert printed(capsys) == text, "no arguments give the help"
+
+
+def test_help_explains_every_option():
+    cli = DINOCLI(["--data.root", "images"], run=False)
+    unexplained = [
+        action.dest
+        for action in cli.parser._actions
+        if action.dest.startswith(("model.", "data.")) and not (action.help or "").replace("%(default)s", "").strip(" ()")
+    ]
+    explained = [action.dest for action in cli.parser._actions if action.dest.startswith(("model.", "data."))]
+    assert not unexplained and len(explained) > 40
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_recipes_parse_and_say_what_they_reach(recipe, capsys):
+    text = printed(capsys, "fit", "--config", recipe, "--data.root", "images", "--print_config")
+    assert yaml.safe_load(text)["data"]["root"] == "images"
+    assert (recipes.folder() / f"{recipe}.yaml").read_text().startswith("# ")
+
+
+def test_unknown_recipe_is_named():
+    with pytest.raises(FileNotFoundError, match="'vit_smal' and no recipe.*vit_small"):
+        main(["fit", "--config", "vit_smal"])
+
+
+def test_print_config_round_trips(run_dir, capsys):
+    first = printed(capsys, "fit", "--config", "small.yaml", "--data.root", "images", "--model.lr", "0.25", "--print_config")
+    Path("again.yaml").write_text(first)
+    assert printed(capsys, "fit", "--config", "again.yaml", "--print_config") == first
+    assert yaml.safe_load(first)["model"]["lr"] == 0.25
+
+
+def test_fit_writes_into_its_run_folder_only(run_dir):
+    fit("--trainer.default_root_dir", "runs")
+    written = {str(path.relative_to("runs/lightning_logs/version_0")) for path in Path("runs").rglob("*") if path.is_file()}
+    assert {"config.yaml", "checkpoints/last.ckpt", "checkpoints/epoch=1-step=12.ckpt"} <= written
+    assert {path.name for path in Path().iterdir()} == {"images", "small.yaml", "runs"}
+    fit("--config", "runs/lightning_logs/version_0/config.yaml", "--trainer.max_epochs", "1")
+    config = yaml.safe_load(Path("runs/lightning_logs/version_1/config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 1 and config["model"]["out_dim"] == 64
+
+
+def test_second_run_in_the_same_folder(run_dir):
+    for _ in range(2):
+        fit("--trainer.logger", "false")
+    assert Path("config.yaml").exists() and Path("checkpoints/last.ckpt").exists()
+
+
+def test_checkpointing_can_be_switched_off_or_be_the_users(run_dir):
+    fit("--trainer.enable_checkpointing", "false")
+    assert not list(Path().rglob("*.ckpt"))
+    fit("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=mine")
+    assert [str(path.parent) for path in Path().rglob("*.ckpt")] == ["mine"]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_resume_goes_on_and_explicit_arguments_win(run_dir):
+    fit("--trainer.max_epochs", "3", "--model.lr", "0.25", "--model.center_momentum", "0.8")
+    checkpoint = "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert load(checkpoint)["hyper_parameters"]["lr"] == 0.25
+    fit("--trainer.max_epochs", "4", "--ckpt_path", checkpoint, "--model.lr", "0.5")
+    resumed = load("lightning_logs/version_1/checkpoints/last.ckpt")
+    assert (resumed["epoch"], resumed["global_step"]) == (3, 24)
+    assert resumed["hyper_parameters"]["lr"] == 0.5, "the command line wins"
+    assert resumed["hyper_parameters"]["center_momentum"] == 0.8, "what it leaves open comes from the checkpoint"
+    assert resumed["hyper_parameters"]["warmup_epochs"] == 1
+
+
+def test_resume_from_the_last_checkpoint(run_dir):
+    with pytest.raises(FileNotFoundError, match="--ckpt_path last: there is no checkpoints/last.ckpt"):
+        fit("--ckpt_path", "last")
+    fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
+    fit("--trainer.max_epochs", "2", "--trainer.default_root_dir", "runs", "--ckpt_path", "last")
+    assert load("runs/lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 12
+
+
+def test_checkpoint_of_the_command_line_keeps_the_class_path(run_dir):
+    fit("--trainer.max_epochs", "1")
+    path = "lightning_logs/version_0/checkpoints/last.ckpt"
+    loaded = DINOModule.load_from_checkpoint(path)
+    assert loaded.student.backbone.embed_dim == 24
+    assert all(torch.equal(value, load(path)["state_dict"][key]) for key, value in loaded.state_dict().items())
+
+
+def test_channels_are_linked_to_the_model(run_dir):
+    cli = DINOCLI(["--config", "small.yaml", "--data.root", "images", "--data.in_chans", "1", "--model.backbone", "resnet18"],
+                  run=False)  # fmt: skip
+    assert cli.model.student.backbone.conv1.in_channels == 1 == cli.datamodule.in_chans
+
+
+def test_labelled_splits_are_monitored(run_dir, capsys):
+    for split, count in (("train", 8), ("val", 4)):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(Path("labelled") / split / name, count, first=10 * i)
+    fit("--data.root", "labelled", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs")
+    header = next(Path("runs").rglob("metrics.csv")).read_text().splitlines()[0]
+    assert "val/knn_top1" in header and "train/teacher_entropy" in header
+    assert "images/s=" in capsys.readouterr().out
+
+
+def test_predict(run_dir):
+    main(["predict", "--config", "small.yaml", "--data.root", "images"])
+
+
+def test_plain_lightning_cli_works(run_dir, monkeypatch):
+    args = ["fit", "--config", "small.yaml", "--data.root", "images", "--trainer.fast_dev_run", "true"]
+    cli = LightningCLI(DINOModule, MultiCropDataModule, args=args)
+    assert cli.trainer.global_step == 1
+
+
+def test_wandb_records_keys_and_config_offline(run_dir, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for i in range(2):  # a second run in the same folder must not fail
+        main(["fit", "--config", "small.yaml", "--config", "wandb", "--data.root", "images",
+              "--trainer.default_root_dir", "runs", "--trainer.logger.save_dir", "runs"])  # fmt: skip
+        import wandb
+
+        wandb.finish()
+    recorded = [read_wandb(path) for path in sorted(Path("runs").rglob("run-*.wandb"))]
+    assert len(recorded) == 2
+    for history, config in recorded:
+        keys = {key for row in history for key in row}
+        assert {"train/loss", "train/lr", "train/teacher_entropy", "train/kl", "train/momentum"} <= keys
+        steps = [row["trainer/global_step"] for row in history if "train/loss" in row]
+        assert steps == sorted(set(steps)) and len(steps) == 12
+        assert config["model"]["out_dim"] == 64 and config["trainer"]["max_epochs"] == 2
+    configs = list(Path("runs").rglob("config.yaml"))
+    assert sum((path.parent / "checkpoints/last.ckpt").exists() for path in configs) == 2, "in the run folders"
+
+
+def read_wandb(path):
+    """(history rows, config) of an offline run."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    history, config = [], {}
+    for data in leveldb_records(path.read_bytes()):
+        record = Record()
+        record.ParseFromString(data)
+        if record.history.item:
+            history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+        for item in [*record.config.update, *record.run.config.update]:
+            config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return history, config
+
+
+def leveldb_records(data, block=32768):
+    """The records of a LevelDB log behind W&B's header of 7 bytes: blocks of chunks (checksum 4, length 2, kind 1, bytes)."""
+    position, whole = 7, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # the end of a block is padded
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or its last chunk
+            yield whole
+            whole = b""
+
+
+def test_no_network_at_import_help_and_fit(run_dir):
+    code = """
+import socket, sys
+def refuse(self, address, *rest):
+    if not isinstance(address, str):  # local sockets of worker processes are fine
+        raise AssertionError(f"the network was used: {address}")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+from dino_lightning.cli import main
+try:
+    main(["fit", "--help"])
+except SystemExit:
+    pass
+main(["fit", "--config", "small.yaml", "--data.root", "images", "--trainer.max_epochs", "1", "--model.backbone", "vit_tiny",
+      "--model.img_size", "32", "--model.patch_size", "8"])
+"""
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    assert "--model.out_dim" in done.stdout and Path("lightning_logs/version_0/checkpoints/last.ckpt").exists()
