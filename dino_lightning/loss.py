@@ -1,9 +1,14 @@
 """The DINO loss: cross-entropy of the student's views against the centred, sharpened teacher's (paper, equations 1 to 4)."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+_CHUNK = 2**18  # elements of a temporary on a CPU: 1 MiB in float32 stays in its cache
 
 
 class DINOLoss(nn.Module):
@@ -109,33 +114,52 @@ class _PairwiseCrossEntropy(torch.autograd.Function):
     """Mean over the 2·V − 2 pairs of −Σ p_i · log softmax(s_v / τ), with the gradient written by hand.
 
     The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of
-    the other global views' targets, and the gradient is (n_v · q_v − P_v) / (τ · B · pairs) with n_v = ΣP_v. One view at a time,
-    a temporary is (B, K) instead of (V·B, K), and there are V passes over the logits instead of 2·V − 2.
-    Recomputing q in the backward pass keeps nothing but the logits, and rounds to half precision only after a gradient
-    scaler's factor is in.
+    the other global views' distributions, and the gradient is (n_v · q_v − P_v) / (τ · B · pairs) with n_v = ΣP_v. So there
+    are V passes over the logits instead of 2·V − 2, and temporaries are as small as a chunk of rows.
+    The backward pass recomputes q from the logits, which keeps nothing else that is wide but the teacher's distributions,
+    and rounds to half precision only after a gradient scaler's factor is in.
     """
 
     @staticmethod
     def forward(ctx, student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
-        ctx.save_for_backward(student_logits, p)
-        ctx.n_views, ctx.temp = n_views, temp
         loss = p.new_zeros(())
-        for view, logits in enumerate(student_logits.chunk(n_views)):
-            log_q = torch.log_softmax(_full(logits) / temp, dim=-1)  # (B, K)
-            loss -= log_q.mul_(_targets(p, view)).sum(dim=-1).sum()  # over K first: summing in one go loses digits
-        return loss / _rows(p, n_views)
+        log_sums = p.new_empty(len(student_logits), 1)
+        for rows, target, _ in _chunks(p, n_views):
+            scaled = _full(student_logits[rows]) / temp  # (rows, K)
+            torch.logsumexp(scaled, dim=-1, keepdim=True, out=log_sums[rows])
+            # Over K first: summing in one go loses digits.
+            loss -= scaled.sub_(log_sums[rows]).mul_(target).sum(dim=-1).sum()
+        ctx.save_for_backward(student_logits, p, log_sums)
+        ctx.n_views, ctx.temp = n_views, temp
+        return loss / _terms(p, n_views)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor):
-        student_logits, p = ctx.saved_tensors
-        scale = grad_loss / (ctx.temp * _rows(p, ctx.n_views))
+        student_logits, p, log_sums = ctx.saved_tensors
+        scale = grad_loss / (ctx.temp * _terms(p, ctx.n_views))
         gradient = torch.empty_like(student_logits)
-        for view, (logits, out) in enumerate(zip(student_logits.chunk(ctx.n_views), gradient.chunk(ctx.n_views))):
-            q = torch.softmax(_full(logits) / ctx.temp, dim=-1)  # (B, K)
-            n_targets = 1 if view < 2 else 2
-            out.copy_(q.mul_(n_targets).sub_(_targets(p, view)).mul_(scale))
+        for rows, target, n_targets in _chunks(p, ctx.n_views):
+            scaled = _full(student_logits[rows]) / ctx.temp
+            q = scaled.sub_(log_sums[rows] - math.log(n_targets)).exp_()  # n_v · q_v
+            gradient[rows] = q.sub_(target).mul_(scale)
         return gradient, None, None, None
+
+
+def _chunks(p: Tensor, n_views: int) -> Iterator[tuple[slice, Tensor, int]]:
+    """Rows of the student's logits, what they are compared with (rows, K), and how many distributions that adds up.
+
+    A view is compared with the global views but itself.
+    """
+    first, second = p.chunk(2)  # (B, K)
+    both = first + second
+    batch = len(first)
+    step = max(1, _CHUNK // p.shape[1]) if p.device.type == "cpu" else batch
+    for view in range(n_views):
+        target = second if view == 0 else first if view == 1 else both
+        for start in range(0, batch, step):
+            stop = min(start + step, batch)
+            yield slice(view * batch + start, view * batch + stop), target[start:stop], 1 if view < 2 else 2
 
 
 def _full(logits: Tensor) -> Tensor:
@@ -143,12 +167,6 @@ def _full(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _targets(p: Tensor, view: int) -> Tensor:
-    """Sum of the teacher's distributions (B, K) that student view ``view`` is compared with: the global views but itself."""
-    first, second = p.chunk(2)
-    return second if view == 0 else first if view == 1 else first + second
-
-
-def _rows(p: Tensor, n_views: int) -> int:
+def _terms(p: Tensor, n_views: int) -> int:
     """Pairs of views times images, what the sum is divided by."""
     return (2 * n_views - 2) * (len(p) // 2)
