@@ -1,0 +1,46 @@
+"""Two real processes (gloo) with a MultiCropDataModule."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_images
+from two_ranks import train
+
+
+def run_on_two(scenario, folder):
+    command = [sys.executable, Path(__file__).with_name("two_ranks.py"), scenario, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Labelled images: 18 to train on, 7 queries, so that neither divides by the ranks and batches."""
+    for split, counts in (("train", (11, 7)), ("val", (4, 3))):
+        for i, count in enumerate(counts):
+            write_images(tmp_path / "images" / split / f"class{i}", count, first=20 * i + (100 if split == "val" else 0))
+    return tmp_path
+
+
+def test_two_ranks_equal_one_process_of_twice_the_batch(folder):
+    done = run_on_two("fit", folder)
+    assert done.returncode == 0, done.stderr
+    one = train(folder, batch_size=4, devices=1)
+    ranks = [torch.load(folder / f"rank{i}.pt") for i in (0, 1)]
+    mean_losses = torch.tensor([rank["losses"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(mean_losses, torch.tensor(one["losses"]), rtol=1e-5, atol=0)
+    for key, value in one["state"].items():
+        assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]), key
+        if not key.endswith("qkv.bias"):  # the bias of the keys has no gradient but rounding noise
+            torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{key}: {m}")
+    assert ranks[0]["metrics"] == one["metrics"] and "val/knn_top1" in one["metrics"], "k-NN is exact, without duplicates"
+
+
+def test_non_finite_loss_on_one_rank_stops_both(folder):
+    done = run_on_two("nan", folder)
+    assert done.returncode != 0
+    assert done.stderr.count("NonFiniteLossError: the loss was not finite at step 2 ") == 2, done.stderr

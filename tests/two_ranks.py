@@ -1,0 +1,59 @@
+"""Scenarios that test_two_ranks runs on two real processes: ``python two_ranks.py SCENARIO FOLDER``, or in this one with ``train``."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.strategies import DDPStrategy
+
+from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
+from dino_lightning.callbacks import OnlineKNN
+
+
+class PoisonLastRank(Callback):
+    """One weight of the last rank becomes NaN before its third step."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            batch[0][0].fill_(torch.nan)
+
+
+class Losses(Callback):
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.values.append(outputs["loss"].item())
+
+
+def train(folder: Path, batch_size: int, callbacks=(), **options) -> dict:
+    """Trains on folder/images; the state, the losses and the metrics at the end."""
+    seed_everything(0)
+    data = MultiCropDataModule(
+        folder / "images", batch_size=batch_size, num_workers=0, global_crops_size=32, local_crops_size=16,
+        local_crops_number=2,
+    )  # fmt: skip
+    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    module = DINOModule(backbone=backbone, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05)
+    losses = Losses()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, callbacks=[losses, OnlineKNN(k=3), *callbacks], **options,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics}
+
+
+if __name__ == "__main__":
+    scenario, folder = sys.argv[1], Path(sys.argv[2])
+    result = train(
+        folder,
+        batch_size=2,
+        callbacks=[PoisonLastRank()] if scenario == "nan" else [],
+        devices=2,
+        strategy=DDPStrategy(process_group_backend="gloo"),
+    )
+    torch.save(result, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
