@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lightning.backbones import VisionTransformer, features_at
 from dino_lightning.networks import Network
@@ -17,14 +18,14 @@ log = logging.getLogger(__name__)
 _HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16")
 
 
-def check_options(hparams: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option outside its range, naming it, its value and the range."""
     for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
-        if hparams[name] <= 0:
-            raise ValueError(f"{name} must be positive, got {hparams[name]}")
+        if options[name] <= 0:
+            raise ValueError(f"{name} must be positive, got {options[name]}")
     for name in ("momentum_teacher", "center_momentum"):
-        if not 0 <= hparams[name] <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {hparams[name]}")
+        if not 0 <= options[name] <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {options[name]}")
     for name in (
         "lr",
         "min_lr",
@@ -35,10 +36,10 @@ def check_options(hparams: Mapping[str, Any]) -> None:
         "clip_grad",
         "freeze_last_layer",
     ):
-        if hparams[name] < 0:
-            raise ValueError(f"{name} must not be negative, got {hparams[name]}")
-    if hparams["optimizer"] not in ("adamw", "sgd", "lars"):
-        raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {hparams['optimizer']!r}")
+        if options[name] < 0:
+            raise ValueError(f"{name} must not be negative, got {options[name]}")
+    if options["optimizer"] not in ("adamw", "sgd", "lars"):
+        raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {options['optimizer']!r}")
 
 
 def check_trainer(trainer: Trainer, clip_grad: float) -> None:
@@ -60,15 +61,26 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         )
 
 
+def warn_of_local_batch_norms(trainer: Trainer, student: Network) -> None:
+    """Batch norms of several devices should share their statistics, as in the reference."""
+    local = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in student.modules())
+    if trainer.world_size > 1 and local:
+        log.warning(
+            "the batch norms normalise each device's share of a batch by itself; set Trainer(sync_batchnorm=True) to "
+            "have DINO's statistics over all %d devices",
+            trainer.world_size,
+        )
+
+
 @torch.no_grad()
-def check_views(views: Sequence[Tensor], student: Network, hparams: Mapping[str, Any]) -> None:
+def check_views(views: Sequence[Tensor], student: Network) -> None:
     """Raises ValueError if the backbone cannot take one of the view sizes, or gives another width there."""
     for view in {view.shape[-2:]: view for view in views}.values():
         width = features_at(student.backbone, view[:1]).shape[1]
         if width != student.head.in_dim:
             raise ValueError(
-                f"the backbone gives {width} features for {view.shape[-2]}×{view.shape[-1]} crops, but {student.head.in_dim} "
-                f"for img_size={hparams['img_size']}; it must pool over the positions"
+                f"the backbone gives {width} features for {view.shape[-2]}×{view.shape[-1]} crops, but its head was made for "
+                f"{student.head.in_dim}; it must pool over the positions"
             )
     backbone, (height, width) = student.backbone, views[0].shape[-2:]
     if isinstance(backbone, VisionTransformer):

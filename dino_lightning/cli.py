@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import recipes
 from dino_lightning.callbacks import OnlineKNN, ProgressBar, RunConfig
@@ -76,7 +77,7 @@ class DINOCLI(LightningCLI):
         def is_given(kind: type) -> bool:
             return any(isinstance(callback, kind) for callback in given)
 
-        if options.enable_checkpointing is False or is_given(ModelCheckpoint):
+        if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
         ours = [] if is_given(OnlineKNN) else [OnlineKNN()]
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
@@ -110,6 +111,7 @@ def _last_checkpoint(root: str | None) -> str:
             f"--ckpt_path last: there is no checkpoints/last.ckpt below {folder.resolve()}; "
             "set trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
+    rank_zero_info("--ckpt_path last: going on from %s", found[-1])
     return str(found[-1])
 
 

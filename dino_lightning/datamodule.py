@@ -1,24 +1,28 @@
 """MultiCropDataModule: images in, painted views out; labelled images for the monitors; images with paths for prediction."""
 
+import logging
+import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from dino_lightning.datasets import ImageFolder, find_splits
 from dino_lightning.datasets.unreadable import UnreadableLedger
-from dino_lightning.datasets.views import EvaluationViews, TrainingViews, Unpainted, collate_views
+from dino_lightning.datasets.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
 from dino_lightning.multicrop import MultiCrop
-from dino_lightning.painting import paint
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize, paint
+from dino_lightning.randomness import generator
 from dino_lightning.sampler import EpochSampler, training_position
 
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+log = logging.getLogger(__name__)
 
 
 class MultiCropDataModule(LightningDataModule):
@@ -28,11 +32,12 @@ class MultiCropDataModule(LightningDataModule):
     What an image becomes depends on the seed, the epoch and its index alone, not on workers or ranks.
 
     Training batches are (views, labels): a list of tensors (B, C, H, W), two global then the local ones, and (B,) labels, -1
-    where there are none; DINO does not use them.
+    where there are none; DINO does not use them. (Without a Trainer, ``on_after_batch_transfer(batch, 0)`` makes that of what the
+    loader yields.)
 
     Args:
-        root: folder of images, flat or nested, with or without class folders. With a subfolder train/, that is trained on,
-            and val/, validation/ or test/ (the first there is) holds the labelled queries of the monitors.
+        root: folder of images, flat or nested, with or without class folders. If it has train/ and val/, validation/ or test/,
+            the first is trained on, and the first labelled one of the others holds the queries of the monitors.
         dataset: instead of root, a map-style Dataset that yields an image or (image, label, ...); an image is a PIL image, a
             tensor (C, H, W) or an array (H, W, C).
         batch_size: images per device in a batch.
@@ -56,6 +61,7 @@ class MultiCropDataModule(LightningDataModule):
         seed: of order and augmentation; by default that of seed_everything, or 0.
         max_unreadable: largest share of the images that may be unreadable in an epoch before the run stops. An unreadable
             image is replaced by another one and named in the log.
+        max_bank: largest number of labelled training images that the monitors compare with.
     """
 
     def __init__(
@@ -82,8 +88,11 @@ class MultiCropDataModule(LightningDataModule):
         std: Sequence[float] | None = None,
         seed: int | None = None,
         max_unreadable: float = 0.01,
+        max_bank: int = 50_000,
     ) -> None:
         super().__init__()
+        if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise TypeError(f"dataset must have a length and be indexed (map-style), got {type(dataset).__name__}")
         if (root is None) == (dataset is None):
             raise ValueError(f"give either root or dataset, got root={root!r} and dataset={dataset!r}")
         if batch_size < 1:
@@ -93,17 +102,17 @@ class MultiCropDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = _default_workers() if num_workers is None else num_workers
         self.in_chans = in_chans
-        self.mean = _per_channel("mean", mean, _IMAGENET_MEAN, in_chans)
-        self.std = _per_channel("std", std, _IMAGENET_STD, in_chans)
+        self.mean = _per_channel("mean", mean, IMAGENET_MEAN, in_chans)
+        self.std = _per_channel("std", std, IMAGENET_STD, in_chans)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         self.max_unreadable = max_unreadable
         self.multicrop = MultiCrop(
-            global_crops_size=_pair(global_crops_size),
+            global_crops_size=_pair("global_crops_size", global_crops_size),
             global_crops_scale=tuple(global_crops_scale),
             local_crops_number=local_crops_number,
-            local_crops_size=_pair(local_crops_size),
+            local_crops_size=_pair("local_crops_size", local_crops_size),
             local_crops_scale=tuple(local_crops_scale),
             color_jitter=tuple(color_jitter),
             jitter_p=jitter_p,
@@ -114,8 +123,9 @@ class MultiCropDataModule(LightningDataModule):
             hflip_p=hflip_p,
             vflip_p=vflip_p,
         )
+        self.max_bank = max_bank
         self._train_source: Dataset | None = None
-        self._labelled: list[ImageFolder] = []
+        self._query_folders: list[Path] = []
         self._unreadable = UnreadableLedger(max_unreadable)
 
     def setup(self, stage: str) -> None:
@@ -126,13 +136,10 @@ class MultiCropDataModule(LightningDataModule):
             if self.root is None:
                 self._train_source = self.dataset
             else:
-                train, queries = find_splits(self.root)
+                train, self._query_folders = find_splits(self.root)
                 self._train_source = ImageFolder(train, self.in_chans)
-                if queries is not None and self._train_source.classes is not None:
-                    self._labelled = [
-                        self._train_source,
-                        ImageFolder(queries, self.in_chans, classes=self._train_source.classes),
-                    ]
+        # Without labelled splits there is nothing to validate, and that is fine.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         if stage == "fit":
             needed = self.batch_size * self._world_size
             if len(self._train_source) < needed:
@@ -146,6 +153,7 @@ class MultiCropDataModule(LightningDataModule):
         return self._loader(
             TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed),
             drop_last=True,
+            persistent_workers=self.num_workers > 0,
             collate_fn=collate_views,
             sampler=EpochSampler(
                 self._train_source,
@@ -158,25 +166,27 @@ class MultiCropDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader]:
-        """[bank, query] of labelled images, or nothing without labelled splits."""
-        size = self.multicrop.global_crops_size
-        return [self._loader(EvaluationViews(source, size, self.in_chans)) for source in self._labelled]
+        """[bank, query] of labelled images, the queries from val/ or else validation/ or test/; nothing without them."""
+        return self._labelled_loaders(self._query_folders)
 
     def test_dataloader(self) -> list[DataLoader]:
-        return self.val_dataloader()
+        """[bank, query] of labelled images, the queries from test/ if there is one."""
+        return self._labelled_loaders(sorted(self._query_folders, key=lambda folder: folder.name != "test"))
 
     def predict_dataloader(self) -> DataLoader:
         """All images below the root, or of the dataset, with their paths."""
         source = self.dataset if self.root is None else ImageFolder(self.root, self.in_chans)
-        return self._loader(EvaluationViews(source, self.multicrop.global_crops_size, self.in_chans, paths=True))
+        views = PredictionViews(source, self.multicrop.global_crops_size, self.in_chans)
+        return self._loader(views, collate_fn=views.collate)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unpainted):
             if self.trainer is not None:
                 self._unreadable.note(self.trainer, batch)
             return self.paint(batch), batch.labels
-        images, *rest = batch
-        return self._normalize(images), *rest
+        if isinstance(batch, list | tuple) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
+            return normalize(batch[0], self.mean, self.std), *batch[1:]
+        return batch
 
     def paint(self, batch: Unpainted) -> list[Tensor]:
         """The views of a batch, painted and normalised on the device they are on: V tensors (B, C, H, W)."""
@@ -186,33 +196,45 @@ class MultiCropDataModule(LightningDataModule):
             views += painted.chunk(len(crops))
         return views
 
-    def _normalize(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) → float32 as the painted views are."""
-        mean, std = (torch.tensor(v).to(images.device, non_blocking=True)[:, None, None] for v in (self.mean, self.std))
-        return (images.float() / 255 - mean) / std
-
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
+
+    def _labelled_loaders(self, query_folders: Sequence[Path]) -> list[DataLoader]:
+        bank = self._train_source
+        classes = getattr(bank, "classes", None)
+        for folder in query_folders if classes else []:
+            try:
+                queries = ImageFolder(folder, self.in_chans, classes=classes)
+            except (ValueError, FileNotFoundError) as error:
+                log.warning("%s is not monitored: %s", folder, error)
+                continue
+            if len(bank) > self.max_bank:  # always the same images, of all classes
+                bank = Subset(bank, np.sort(generator(0).permutation(len(bank))[: self.max_bank]).tolist())
+            size = self.multicrop.global_crops_size
+            return [self._loader(EvaluationViews(source, size, self.in_chans)) for source in (bank, queries)]
+        return []
 
     def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
 
 
 def _default_workers() -> int:
-    devices = max(1, torch.cuda.device_count())
-    return min(16, len(os.sched_getaffinity(0)) // devices) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // max(1, torch.cuda.device_count())))
 
 
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    sides = (size, size) if isinstance(size, numbers.Integral) else tuple(size)
+    if len(sides) != 2:
+        raise ValueError(f"{name} must be pixels or (height, width), got {size}")
+    return int(sides[0]), int(sides[1])
 
 
 def _per_channel(

@@ -85,6 +85,10 @@ class DINOLoss(nn.Module):
             self.center.copy_(torch.where(non_finite > 0, self.center, updated))
         return non_finite
 
+    def reset(self) -> None:
+        """Forgets what was recorded since the last commit, as when a new run begins."""
+        self._pending = None
+
     @torch.no_grad()
     def _record(self, teacher_logits: Tensor, loss: Tensor) -> None:
         total = teacher_logits.sum(dim=0, dtype=self.center.dtype)

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from dino_lightning.backbones import build, feature_dim, freeze_unused
-from dino_lightning.checks import check_options, check_trainer, check_views
+from dino_lightning.backbones import build, example_images, feature_dim, freeze_unused
+from dino_lightning.checks import check_options, check_trainer, check_views, warn_of_local_batch_norms
 from dino_lightning.guard import NonFiniteGuard, NonFiniteLossError
 from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
@@ -88,18 +88,20 @@ class DINOModule(LightningModule):
         clip_grad: float = 3.0,
         freeze_last_layer: int = 1,
     ) -> None:
+        # Not self.hparams, in which Lightning prefers the arguments of a subclass to what it passes on to here.
+        self.options = {name: value for name, value in locals().items() if name not in ("self", "backbone", "__class__")}
         super().__init__()
-        given = backbone
-        if isinstance(backbone, nn.Module):
-            # A checkpoint holds plain types only. A run of the command line keeps the class path instead of this.
-            backbone = f"{_OBJECT}{type(backbone).__module__}.{type(backbone).__qualname__}"
+        check_options(self.options)
+        given, backbone = backbone, _plain(backbone)  # a checkpoint holds plain types only
         self.save_hyperparameters()
-        check_options(self.hparams)
+        # A subclass's own argument is saved as it came in; that of a command-line run is the class path.
+        self._hparams["backbone"] = self._hparams_initial["backbone"] = _plain(self.hparams.get("backbone", backbone))
         if isinstance(given, str):
             given = _by_name(given, patch_size, img_size, in_chans, drop_path_rate)
-        freeze_unused(given, img_size, in_chans)
+        example = example_images(given, img_size, in_chans)
+        freeze_unused(given, example)
         head = DINOHead(
-            feature_dim(given, img_size, in_chans),
+            feature_dim(given, example),
             out_dim,
             use_bn=use_bn_in_head,
             norm_last_layer=norm_last_layer,
@@ -116,16 +118,18 @@ class DINOModule(LightningModule):
         self._updated_step: int | None = None  # the global step up to which the teacher has followed; None outside a run
         self._optimizer_stepped = False
         self._guard = NonFiniteGuard()
+        self._failure = ""
         self.register_state_dict_pre_hook(_update_before_saving)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._plan is None:
             views = split_views(batch)
-            check_views(views, self.student, self.hparams)
-            self._plan = Plan.of(self.trainer, self.hparams, first_batch_size=len(views[0]))
+            check_views(views, self.student)
+            self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch. Returns the loss, and detached for callbacks the teacher's entropy and the KL divergence, in nats."""
+        self.update_teacher()  # already done, unless a subclass overrides on_train_batch_end
         views = split_views(batch)
         teacher_temp = self._plan.teacher_temp_at(self.global_step)
         with torch.no_grad():
@@ -138,16 +142,26 @@ class DINOModule(LightningModule):
         self.log_dict({"train/loss": loss.detach(), "train/teacher_entropy": entropy, "train/kl": kl})
         return {"loss": loss, "teacher_entropy": entropy, "kl": kl}
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sets this step's learning rate and weight decay (group 0 is the decayed one)."""
-        lr, weight_decay = self._plan.lr_at(self.global_step), self._plan.weight_decay_at(self.global_step)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
+        """Sets the learning rate and the weight decay (of group 0, the decayed one), and steps without the frozen last layer."""
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.param_groups[0]["weight_decay"] = weight_decay
+            group["lr"] = self._plan.lr_at(self.global_step)
+        optimizer.param_groups[0]["weight_decay"] = self._plan.weight_decay_at(self.global_step)
+
+        def closure() -> Any:
+            result = optimizer_closure()  # forward and backward; the gradients are those of all ranks then
+            if self._plan.epoch(self.global_step) < self.options["freeze_last_layer"]:
+                for parameter in self.student.head.last_layer.parameters():
+                    parameter.grad = None  # not zero: the optimizer must skip decay and moments too
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._log_host(
             {
-                "train/lr": lr,
-                "train/weight_decay": weight_decay,
+                "train/lr": self._plan.lr_at(self.global_step),
+                "train/weight_decay": self._plan.weight_decay_at(self.global_step),
                 "train/momentum": self._plan.momentum_at(self.global_step),
                 "train/teacher_temp": self._plan.teacher_temp_at(self.global_step),
                 "train/skipped_steps": self._skipped_steps,
@@ -160,18 +174,15 @@ class DINOModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips each gradient by its own norm, then drops those of the last layer while it is frozen."""
+        """Clips each gradient by its own norm."""
         gradients, norms = gradient_norms(self.student.parameters())
         norm = torch.stack(norms).norm()
         self._grad_norm = torch.where(norm.isfinite(), norm, self._grad_norm)
         self.log("train/grad_norm", norm)
-        if self.hparams.clip_grad > 0:
-            clip_each_(gradients, norms, self.hparams.clip_grad)
+        if self.options["clip_grad"] > 0:
+            clip_each_(gradients, norms, self.options["clip_grad"])
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        if self._plan.epoch(self.global_step) < self.hparams.freeze_last_layer:
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None  # not zero: the optimizer must skip decay and moments too
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.update_teacher()
@@ -202,17 +213,22 @@ class DINOModule(LightningModule):
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         fused = not scaled and self.device.type in ("cpu", "cuda")
         return build_optimizer(
-            self.hparams.optimizer, self.student, weight_decay=self.hparams.weight_decay, fused=fused
+            self.options["optimizer"], self.student, weight_decay=self.options["weight_decay"], fused=fused
         )
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            check_trainer(self.trainer, self.hparams.clip_grad)
+            check_trainer(self.trainer, self.options["clip_grad"])
             # The teacher is meant to be in evaluation mode.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_train_start(self) -> None:
-        check_length(self.trainer, self.hparams)
+        check_length(self.trainer, self.options)
+        warn_of_local_batch_norms(self.trainer, self.student)
+        # Whatever mode they came in: a student in evaluation mode would have no drop path, a loss in it no centre.
+        self.student.train()
+        self.loss.train()
+        self.loss.reset()
         if self._seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
             self._seed = self.trainer.strategy.broadcast(seed)
@@ -222,17 +238,19 @@ class DINOModule(LightningModule):
         self._skipped_steps = 0
         self._grad_norm = torch.zeros((), device=self.device)  # the last finite one
         self._guard = NonFiniteGuard()
+        self._failure = ""
         # A gradient scaler skips the optimizer's step without saying so; the optimizer itself knows whether it stepped.
-        self._step_hooks = [o.register_step_post_hook(self._note_step) for o in self.trainer.optimizers]
+        for optimizer in self.trainer.optimizers:
+            optimizer.register_step_post_hook(self._note_step)
 
     def on_validation_start(self) -> None:
+        self.update_teacher()
         self._stop_if_not_finite()
 
     def on_train_end(self) -> None:
+        self.update_teacher()
         self._stop_if_not_finite()
         self._updated_step = None
-        for hook in self._step_hooks:
-            hook.remove()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite()
@@ -275,16 +293,25 @@ class DINOModule(LightningModule):
         )
 
     def _stop_if_not_finite(self) -> None:
-        report = self._guard.check()
-        if report is None:
-            return
+        report = None if self._failure else self._guard.check()
+        if report is not None:
+            self._failure = self._explain(report())
+        if self._failure:
+            raise NonFiniteLossError(self._failure)
+
+    def _explain(self, report: str) -> str:
         folder = Path(getattr(self.trainer.checkpoint_callback, "dirpath", None) or os.devnull)
         newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
         last = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        raise NonFiniteLossError(
-            f"{report()}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
+        return (
+            f"{report}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
             "instead of 16-mixed. All ranks stop here"
         )
+
+
+def _plain(backbone: Any) -> Any:
+    """How a backbone stands in the hyper-parameters: a name and a class path as they are, an object by its type."""
+    return f"{_OBJECT}{type(backbone).__module__}.{type(backbone).__qualname__}" if isinstance(backbone, nn.Module) else backbone
 
 
 def _by_name(name: str, patch_size: int, img_size: int | tuple[int, int], in_chans: int, drop_path_rate: float) -> nn.Module:

@@ -46,9 +46,9 @@ class MultiCrop:
         if len(self.blur_p) != 3 or not all(0 <= p <= 1 for p in self.blur_p):
             raise ValueError(f"blur_p must be three probabilities (first global, second global, local), got {self.blur_p}")
         for name in ("global_crops_scale", "local_crops_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} must be shares of the area 0 < low ≤ high ≤ 1, got {getattr(self, name)}")
+            scale = getattr(self, name)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise ValueError(f"{name} must be two shares of the area 0 < low ≤ high ≤ 1, got {scale}")
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
             raise ValueError(f"blur_sigma must be 0 ≤ low ≤ high in pixels, got {self.blur_sigma}")
         if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
@@ -132,12 +132,19 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size, mode="bicubic", antialias=True)[0]
 
 
+def _trim(pixels: Tensor, most: int = 16) -> Tensor:
+    """The centre of an extremely long image: what is ``most`` times as long as wide, of which evaluation sees the middle."""
+    height, width = pixels.shape[:2]
+    rows, columns = max(0, height - most * width) // 2, max(0, width - most * height) // 2
+    return pixels[rows : height - rows, columns : width - columns]
+
+
 def center_view(image: np.ndarray, size: tuple[int, int]) -> Tensor:
     """The view for evaluation: an image (H, W, C) of uint8 → (C, h, w) of uint8.
 
     Resized until it covers 256/224 of ``size`` (a shorter side of 256 for 224), then the centre is cut out.
     """
-    pixels = torch.from_numpy(image)
+    pixels = _trim(torch.from_numpy(image))
     height, width = pixels.shape[:2]
     factor = max(size[0] / height, size[1] / width) * 256 / 224
     covering = resize(pixels, (max(size[0], int(height * factor + 1e-6)), max(size[1], int(width * factor + 1e-6))))

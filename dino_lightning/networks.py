@@ -22,7 +22,7 @@ def split_views(batch: Any) -> list[Tensor]:
     if not isinstance(views, list | tuple) or not all(isinstance(view, Tensor) for view in views):
         raise TypeError(
             "expected a batch that is a list of views (B, C, H, W), or (views, anything), "
-            f"got {type(batch).__name__} of {[type(item).__name__ for item in batch] if is_sequence else 'no views'}"
+            f"got {type(batch).__name__}" + (f" of {[type(item).__name__ for item in batch]}" if is_sequence else "")
         )
     shapes = [tuple(view.shape) for view in views]
     if len(views) < 2 or any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # One record per crop. Factor 1.0 (brightness, contrast, saturation) and hue 0.0 mean "leave this operation out": any
 # other hue, however small, costs a round trip through 8-bit HSV, as in PIL. Hue is in turns, blur_sigma in pixels.
 PAINT = np.dtype([("jitter", np.bool_), ("order", np.uint8, (4,)), ("brightness", np.float32), ("contrast", np.float32),
@@ -72,6 +75,12 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
         _paint(piece, recipe[start:start + size])
         piece.div_(255).sub_(center).div_(spread)
     return image
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 (N, C, H, W) -> float32 as `paint` gives it for crops that nothing is painted on."""
+    center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, images.device)
+    return images.float().div_(255).sub_(center).div_(spread)
 
 
 def _paint(image: Tensor, recipe: np.ndarray) -> None:

@@ -40,7 +40,7 @@ class Plan:
     warmup_teacher_temp_epochs: int
 
     @classmethod
-    def of(cls, trainer: Trainer, hparams: Mapping[str, Any], first_batch_size: int) -> "Plan":
+    def of(cls, trainer: Trainer, options: Mapping[str, Any], first_batch_size: int) -> "Plan":
         """The plan of the running fit. ``first_batch_size`` counts where the loader does not tell its batch size."""
         total_steps, steps_per_epoch = _count_steps(trainer)
         images = _loader_batch_size(trainer.train_dataloader) or first_batch_size
@@ -48,10 +48,10 @@ class Plan:
         return cls(
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
-            lr=hparams["lr"] * images / 256,
+            lr=options["lr"] * images / 256,
             # check_length refused longer ones, except in a fast_dev_run.
-            warmup_steps=min(hparams["warmup_epochs"] * steps_per_epoch, total_steps),
-            **{name: hparams[name] for name in _TAKEN_OVER},
+            warmup_steps=min(options["warmup_epochs"] * steps_per_epoch, total_steps),
+            **{name: options[name] for name in _TAKEN_OVER},
         )
 
     def epoch(self, step: int) -> int:
@@ -83,7 +83,7 @@ class Plan:
         )
 
 
-def check_length(trainer: Trainer, hparams: Mapping[str, Any]) -> None:
+def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
     """Refuses a run without a length, and warm-ups that are longer than the run; only ``fast_dev_run`` clamps those.
 
     Raises:
@@ -91,10 +91,10 @@ def check_length(trainer: Trainer, hparams: Mapping[str, Any]) -> None:
     """
     total_steps, steps_per_epoch = _count_steps(trainer)
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        steps = hparams[name] * steps_per_epoch
+        steps = options[name] * steps_per_epoch
         if steps > total_steps and not trainer.fast_dev_run:
             raise ValueError(
-                f"{name}={hparams[name]} is {steps} steps, but the run has only {total_steps} "
+                f"{name}={options[name]} is {steps} steps, but the run has only {total_steps} "
                 f"({total_steps / steps_per_epoch:g} epochs of {steps_per_epoch}); shorten the warm-up or train longer"
             )
 

@@ -14,7 +14,7 @@ def generator(*key: int) -> np.random.Generator:
 
 @contextlib.contextmanager
 def seeded(device: torch.device, *key: int) -> Iterator[None]:
-    """Within it torch's generators of the host and of ``device`` start from ``key``; afterwards they are as before."""
+    """Within it torch's generators start from ``key``; afterwards those of the host and of a CUDA ``device`` are as before."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(generator(*key).integers(2**63)))
         yield

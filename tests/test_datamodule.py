@@ -172,6 +172,50 @@ def test_unreadable_images_are_replaced_counted_and_named(image_folder, caplog):
         assert len(views[0]) == 4 and all(torch.equal(view, other) for view, other in zip(views, others))
 
 
+def test_unreadable_images_are_left_out_of_monitors_and_predictions(tmp_path, caplog):
+    for split, count in (("train", 8), ("val", 3)):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(tmp_path / split / name, count, first=10 * i)
+    (tmp_path / "train/cat/0003.jpg").write_text("not an image")
+    (tmp_path / "val/cat/0001.jpg").write_text("not an image")
+    datamodule = MultiCropDataModule(tmp_path, max_unreadable=0.1, **SMALL)
+    with caplog.at_level(logging.WARNING, "dino_lightning"):
+        module, trainer = fit(datamodule, num_sanity_val_steps=0)
+        trainer.predict(module, datamodule)
+    assert [labels.tolist() for loader, _, labels in module.validated if loader == 1] == [[0, -1, 0, 1], [1, 1]]
+    assert [labels.tolist() for loader, _, labels in module.validated if loader == 0][0] == [0, 0, 0, -1]
+    assert sum(len(paths) for _, paths in module.predicted) == sum(len(x) for x, _ in module.predicted) == 20
+    assert "train/cat/0003.jpg" in caplog.text and "val/cat/0001.jpg" in caplog.text
+
+
+def test_a_run_that_ends_in_mid_epoch_counts_unreadable_images_too(image_folder):
+    for i in range(0, 24, 2):
+        (image_folder / f"{i:04d}.jpg").write_text("not an image")
+    with pytest.raises(RuntimeError, match="could not be read, more than max_unreadable"):
+        fit(MultiCropDataModule(image_folder, **SMALL), max_epochs=-1, max_steps=3)
+
+
+def test_train_as_a_class_and_queries_without_labels(tmp_path, caplog):
+    for i, name in enumerate(("car", "plane", "train")):
+        write_images(tmp_path / "transport" / name, 4, first=10 * i)
+    module, _ = fit(MultiCropDataModule(tmp_path / "transport", **SMALL))
+    assert {int(label) for _, labels in module.batches for label in labels} == {0, 1, 2}
+    write_images(tmp_path / "kaggle/train/a", 4)
+    write_images(tmp_path / "kaggle/train/b", 4, first=4)
+    write_images(tmp_path / "kaggle/test", 3)
+    with caplog.at_level(logging.WARNING, "dino_lightning"):
+        module, _ = fit(MultiCropDataModule(tmp_path / "kaggle", **SMALL))
+    assert len(module.batches) == 2 and not module.validated and "kaggle/test is not monitored" in caplog.text
+
+
+def test_the_bank_is_capped(tmp_path):
+    for split, count in (("train", 8), ("val", 2)):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(tmp_path / split / name, count, first=10 * i)
+    module, _ = fit(MultiCropDataModule(tmp_path, max_bank=6, **SMALL), num_sanity_val_steps=0)
+    assert sum(len(labels) for loader, _, labels in module.validated if loader == 0) == 6
+
+
 def test_too_many_unreadable_images_stop_the_run(image_folder):
     (image_folder / "0003.jpg").write_text("not an image")
     with pytest.raises(RuntimeError, match=r"1 of 24 images could not be read, more than max_unreadable=0.01(.|\n)*0003.jpg"):
@@ -195,6 +239,10 @@ def test_errors_before_training(tmp_path, image_folder):
         fit(MultiCropDataModule(tmp_path / "nowhere", **SMALL))
     with pytest.raises(ValueError, match="either root or dataset"):
         MultiCropDataModule()
+    with pytest.raises(TypeError, match="map-style"):
+        MultiCropDataModule(dataset=iter([]))
+    with pytest.raises(ValueError, match="global_crops_size must be pixels or"):
+        MultiCropDataModule(image_folder, global_crops_size=(96, 96, 3))
 
 
 def test_ranks_share_one_permutation():

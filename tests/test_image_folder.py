@@ -278,20 +278,26 @@ def test_root_without_images_tells_what_is_there(tmp_path):
 
 def test_without_train_the_root_is_the_training_folder(tmp_path):
     fill(tmp_path, "val/1.jpg", "train")  # a file by that name
-    assert find_splits(str(tmp_path)) == (tmp_path, None)
-    assert find_splits(tmp_path / "missing") == (tmp_path / "missing", None)
+    assert find_splits(str(tmp_path)) == (tmp_path, [])
+    assert find_splits(tmp_path / "missing") == (tmp_path / "missing", [])
 
 
 @pytest.mark.parametrize(
     "present, query",
     [
-        ((), None),
-        (("test",), "test"),
-        (("test", "validation"), "validation"),
-        (("test", "validation", "val"), "val"),
-        (("other",), None),
+        ((), []),
+        (("test",), ["test"]),
+        (("test", "validation"), ["validation", "test"]),
+        (("test", "validation", "val"), ["val", "validation", "test"]),
+        (("other", "val"), ["val"]),
+        ((".cache",), []),
     ],
 )
-def test_the_query_folder_is_the_first_that_exists(tmp_path, present, query):
+def test_train_is_the_training_folder_beside_queries_or_alone(tmp_path, present, query):
     fill(tmp_path, "train/1.jpg", *[f"{name}/1.jpg" for name in present])
-    assert find_splits(str(tmp_path)) == (tmp_path / "train", query and tmp_path / query)
+    assert find_splits(str(tmp_path)) == (tmp_path / "train", [tmp_path / name for name in query])
+
+
+def test_train_among_other_folders_is_one_of_them(tmp_path):
+    fill(tmp_path, "train/1.jpg", "car/1.jpg")
+    assert find_splits(tmp_path) == (tmp_path, [])

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -274,6 +275,25 @@ def test_a_step_that_the_scaler_skips_moves_nothing():
     assert trainer.callback_metrics["train/skipped_steps"] == 1
 
 
+def test_fp16_with_a_real_scaler_and_overflows():
+    """From a scale far too large the scaler skips steps until the gradients are finite; then training goes on."""
+
+    class Moves(Callback):
+        states = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            self.states.append({k: v.clone() for k, v in module.state_dict().items()})
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=1000)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = fit(build_module(lr=0.05), plugins=[plugin], callbacks=[Moves()], max_epochs=20)
+    moved = [not same(a, b) for a, b in zip(Moves.states, Moves.states[1:])]
+    first = moved.index(True)
+    assert first > 1 and not any(moved[:first]) and sum(moved[first:]) > 10
+    assert trainer.callback_metrics["train/skipped_steps"] == moved.count(False)
+    assert trainer.global_step == 40 and all(p.isfinite().all() for p in trainer.lightning_module.parameters())
+
+
 # checkpoints
 
 
@@ -313,6 +333,69 @@ def test_state_dicts_speak_the_references_names():
 def test_module_pickles():
     module = build_module()
     assert same(pickle.loads(pickle.dumps(module)).state_dict(), module.state_dict())
+
+
+# what a user's code may do
+
+
+def test_a_module_in_evaluation_mode_trains_all_the_same():
+    backbone = BatchNormNet().eval()
+    module = build_module(backbone).eval()
+    fit(module)
+    assert module.student.training and backbone.training and module.loss.center.any()
+    assert backbone[1].num_batches_tracked == 2 * 4, "two sizes in four steps"
+
+
+def test_hooks_overridden_without_super_keep_the_algorithm():
+    class Mine(DINOModule):
+        def on_before_optimizer_step(self, optimizer):
+            pass
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            pass
+
+    ends = []
+    for kind in (DINOModule, Mine):
+        torch.manual_seed(0)
+        module = kind(backbone=tiny_vit(), lr=0.1, **OPTIONS)
+        fit(module)
+        ends.append(module.state_dict())
+    assert same(*ends)
+
+
+def test_a_subclass_with_its_own_defaults(tmp_path):
+    class Mine(DINOModule):
+        def __init__(self, lr=1.0, **options):
+            super().__init__(lr=lr / 10, out_dim=32, hidden_dim=16, warmup_epochs=0, **options)
+
+    module = Mine(backbone=tiny_vit())
+    trainer = fit(module, max_epochs=1)
+    assert trainer.optimizers[0].param_groups[0]["lr"] < 0.1 * 4 / 256 + 1e-9, "what DINOModule was given counts"
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    torch.load(tmp_path / "c.ckpt", weights_only=True)
+
+
+def test_a_fit_after_an_aborted_one_starts_clean():
+    module = build_module()
+    good = {k: v.clone() for k, v in module.state_dict().items()}
+    with pytest.raises(NonFiniteLossError):
+        fit(module, callbacks=[Poison(0)])
+    module.load_state_dict(good)
+    fit(module)
+    fresh = build_module()
+    fresh.load_state_dict(good)
+    fit(fresh)
+    assert same(module.state_dict(), fresh.state_dict())
+
+
+@pytest.mark.parametrize("backbone", [dict(img_size=30, patch_size=10), dict(in_chans=1), dict(img_size=(16, 24))])
+def test_options_of_named_backbones_are_not_used_with_a_module(backbone):
+    assert build_module(tiny_vit(**backbone)).student.head.in_dim == 24
+
+
+def test_a_module_for_one_size_only():
+    flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 30 * 30, 7))
+    assert build_module(flat).student.head.in_dim == 7
 
 
 # what is refused
@@ -359,7 +442,7 @@ def test_crop_sizes_that_the_backbone_cannot_take():
         fit(module, loader_of(sizes=((32, 32), (32, 32), (20, 20))))
     assert same(before, module.state_dict())
     flat = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.Flatten())
-    with pytest.raises(ValueError, match="512 features for 16×16 crops, but 2048 for img_size=32"):
+    with pytest.raises(ValueError, match="512 features for 16×16 crops, but its head was made for 2048"):
         fit(build_module(flat, img_size=32), loader_of())
 
 

@@ -33,8 +33,9 @@ def test_head_equals_the_reference(golden, variant):
     expected = g.part(f"{variant}.grad.")
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        scale = value.abs().max().item()
-        torch.testing.assert_close(gradients[name], value, rtol=1e-5, atol=1e-5 * scale, msg=lambda m: f"{name}: {m}")
+        # Before a batch norm the gradient of a bias is nothing but rounding.
+        atol = max(1e-6, 1e-5 * value.abs().max().item())
+        torch.testing.assert_close(gradients[name], value, rtol=1e-5, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 def test_head_initialisation():
@@ -108,7 +109,7 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
                                        ("convnext_tiny", 768), ("squeezenet1_1", 512), ("vgg11", 512)])  # fmt: skip
 def test_cnns_give_pooled_features_of_any_size(name, dim):
     backbone = build(name, in_chans=2)
-    assert feature_dim(backbone, 96, 2) == feature_dim(backbone, (64, 128), 2) == dim
+    assert feature_dim(backbone, torch.zeros(1, 2, 96, 96)) == feature_dim(backbone, torch.zeros(1, 2, 64, 128)) == dim
     assert all(p.requires_grad for p in backbone.parameters())
 
 
@@ -116,7 +117,7 @@ def test_timm_backbones_take_both_crops():
     pytest.importorskip("timm")
     for name, dim in (("timm/vit_tiny_patch16_224", 192), ("timm/resnet18", 512)):
         backbone = build(name, drop_path_rate=0.1)
-        assert feature_dim(backbone, 224, 3) == feature_dim(backbone, 96, 3) == dim
+        assert feature_dim(backbone, torch.zeros(1, 3, 224, 224)) == feature_dim(backbone, torch.zeros(1, 3, 96, 96)) == dim
     with pytest.raises(ValueError, match="vit_tinny"):
         build("timm/vit_tinny")
 
@@ -127,9 +128,9 @@ def test_backbone_errors():
     with pytest.raises(ValueError, match="patch size 16 does not divide the image size 100×96.*96×96"):
         build("vit_tiny")(torch.zeros(1, 3, 100, 96))
     with pytest.raises(ValueError, match="cannot take 20×20 images"):
-        feature_dim(build("vit_tiny"), 20, 3)
+        feature_dim(build("vit_tiny"), torch.zeros(1, 3, 20, 20))
     with pytest.raises(ValueError, match="pool and flatten"):
-        feature_dim(nn.Conv2d(3, 8, 3), 20, 3)
+        feature_dim(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 20, 20))
     with pytest.raises(ValueError, match="num_heads=5 does not divide embed_dim=24"):
         VisionTransformer(embed_dim=24, num_heads=5)
 

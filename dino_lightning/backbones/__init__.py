@@ -9,7 +9,7 @@ from dino_lightning.backbones.cnn import cnn_names, torchvision_cnn
 from dino_lightning.backbones.timm import timm_model
 from dino_lightning.backbones.vit import VIT_SIZES, VisionTransformer
 
-__all__ = ["VisionTransformer", "build", "feature_dim", "features_at", "freeze_unused"]
+__all__ = ["VisionTransformer", "build", "example_images", "feature_dim", "features_at", "freeze_unused"]
 
 log = logging.getLogger(__name__)
 
@@ -42,25 +42,43 @@ def build(
     )
 
 
-def feature_dim(backbone: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> int:
-    """Width D of the features, found by a forward pass of one black image.
+def example_images(backbone: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> torch.Tensor:
+    """One black image (1, C, H, W) that the backbone takes: of its own size and channels where it tells them.
 
     Raises:
-        ValueError: if the backbone does not take such an image, or gives no (B, D) tensor.
+        ValueError: if it takes neither ``img_size`` nor a usual size.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    weight = next(iter(backbone.parameters()), torch.empty(0))
+    sizes = [(img_size, img_size) if isinstance(img_size, int) else tuple(img_size)]
+    if isinstance(backbone, VisionTransformer):
+        sizes = [tuple(side * backbone.patch_size for side in backbone.grid)]
+    convolution = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = convolution.in_channels if convolution is not None else in_chans
+    failure = None
+    for size in dict.fromkeys([*sizes, (224, 224), (96, 96), (64, 64), (32, 32)]):
+        images = torch.zeros(1, channels, *size, device=weight.device, dtype=weight.dtype)
+        try:
+            with torch.no_grad():
+                features_at(backbone, images)
+            return images
+        except ValueError as error:
+            failure = failure or error
+    raise failure
+
+
+def feature_dim(backbone: nn.Module, images: torch.Tensor) -> int:
+    """Width D of the features, found by a forward pass of ``images`` (B, C, H, W)."""
     with torch.no_grad():
-        return features_at(backbone, torch.zeros(1, in_chans, height, width)).shape[1]
+        return features_at(backbone, images).shape[1]
 
 
-def freeze_unused(backbone: nn.Module, img_size: int | tuple[int, int], in_chans: int) -> None:
+def freeze_unused(backbone: nn.Module, images: torch.Tensor) -> None:
     """Freezes the parameters that play no part in the features (a mask token, a forgotten classifier), and says so.
 
     Trainable parameters without a gradient stop distributed training with an error that does not name them.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     with torch.enable_grad():
-        features = features_at(backbone, torch.zeros(1, in_chans, height, width))
+        features = features_at(backbone, images)
         trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(features.sum(), trainable.values(), allow_unused=True) if trainable else ()
     unused = [name for name, gradient in zip(trainable, gradients) if gradient is None]

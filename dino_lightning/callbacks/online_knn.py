@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dino_lightning.evaluation import knn_accuracy
 
 
 class OnlineKNN(Callback):
-    """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query].
+    """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query],
+    and ``test/...`` in a test run.
 
     Exact on any number of ranks. Without labelled loaders it does nothing; ``Trainer(check_val_every_n_epoch=n)`` says how
     often it runs.
@@ -28,6 +30,9 @@ class OnlineKNN(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches = ([], [])
 
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._batches = ([], [])
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -39,24 +44,31 @@ class OnlineKNN(Callback):
     ) -> None:
         self._batches[dataloader_idx].append(outputs)
 
+    on_test_batch_end = on_validation_batch_end
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "val", trainer.val_dataloaders)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "test", trainer.test_dataloaders)
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: list) -> None:
         bank, queries = self._batches
         self._batches = ([], [])
         if trainer.sanity_checking or not bank or not queries:
             return
-        top1, top5 = knn_accuracy(
-            *_gather(trainer, 0, bank), *_gather(trainer, 1, queries), k=self.k, temperature=self.temperature
-        )
-        pl_module.log_dict({"val/knn_top1": top1, "val/knn_top5": top5}, prog_bar=True, rank_zero_only=True)
+        gathered = [_gather(trainer, loader, batches) for loader, batches in zip(loaders, (bank, queries))]
+        top1, top5 = knn_accuracy(*gathered[0], *gathered[1], k=self.k, temperature=self.temperature)
+        pl_module.log_dict({f"{stage}/knn_top1": top1, f"{stage}/knn_top5": top5}, prog_bar=True, rank_zero_only=True)
 
 
-def _gather(trainer: Trainer, loader: int, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of a loader over all ranks, each sample once and in order."""
+def _gather(trainer: Trainer, loader: DataLoader, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) of a loader over all ranks, each labelled sample once and in order."""
     features, labels = (torch.cat([batch[name] for batch in batches]) for name in ("features", "labels"))
-    if trainer.world_size == 1:
-        return features, labels
-    count = len(trainer.val_dataloaders[loader].dataset)
-    # Lightning deals the samples out in turn and repeats some, so that the ranks have the same number.
-    return tuple(
-        trainer.strategy.all_gather(mine).transpose(0, 1).flatten(0, 1)[:count] for mine in (features, labels)
-    )
+    if trainer.world_size > 1:
+        # Lightning deals the samples out in turn and repeats some, so that the ranks have the same number.
+        count = len(loader.dataset)
+        features, labels = (
+            trainer.strategy.all_gather(mine).transpose(0, 1).flatten(0, 1)[:count] for mine in (features, labels)
+        )
+    return features[labels >= 0], labels[labels >= 0]

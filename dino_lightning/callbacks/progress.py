@@ -16,7 +16,6 @@ class ProgressBar(TQDMProgressBar):
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
-        self._outputs: dict[str, Any] = {}
         self._images = 0
         self._since = 0.0
         self._shown: dict[str, str] = {}
@@ -28,7 +27,6 @@ class ProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._outputs = outputs
         self._images += len(split_views(batch)[0]) * trainer.world_size
         is_last = batch_idx + 1 >= trainer.num_training_batches
         if is_last or time.monotonic() - self._since >= _SECONDS:
@@ -37,8 +35,8 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         if not self._images:
             return self._shown
-        loss = self._outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
-        entropy = self._outputs["teacher_entropy"].item()
+        loss = trainer.callback_metrics["train/loss"].item()
+        entropy = trainer.callback_metrics["train/teacher_entropy"].item()
         now = time.monotonic()
         rate = self._images / max(now - self._since, 1e-9)
         self._images, self._since = 0, now

@@ -50,17 +50,19 @@ class ImageFolder(Dataset):
         return os.path.join(self.root, os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]]))
 
 
-def find_splits(root: str | os.PathLike[str]) -> tuple[Path, Path | None]:
-    """The training folder and the folder of labelled queries below ``root``.
+def find_splits(root: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
+    """The training folder and the folders with queries below ``root``: those of val, validation and test that exist.
 
-    With ``root/train`` these are it and the first of val, validation and test that exists (None without any); else
-    ``root`` itself and None.
+    Without queries, ``root/train`` is the training folder only if it is alone: beside other folders it is one of them,
+    and ``root`` itself is the training folder.
     """
     root = Path(root)
-    if not (root / "train").is_dir():
-        return root, None
-    queries = (root / name for name in ("val", "validation", "test"))
-    return root / "train", next((folder for folder in queries if folder.is_dir()), None)
+    queries = [root / name for name in ("val", "validation", "test") if (root / name).is_dir()]
+    train = root / "train"
+    if not train.is_dir():
+        return root, []
+    others = [entry for entry in root.iterdir() if entry != train and entry.is_dir() and not entry.name.startswith(".")]
+    return (train, queries) if queries or not others else (root, [])
 
 
 @dataclass

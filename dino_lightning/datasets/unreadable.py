@@ -10,6 +10,7 @@ from dino_lightning.datasets.views import Unpainted
 log = logging.getLogger(__name__)
 
 _NAMED = 20
+_CHECK_EVERY = 500  # batches
 
 
 class UnreadableImagesError(RuntimeError):
@@ -25,18 +26,24 @@ class UnreadableLedger:
         self._images = 0
 
     def note(self, trainer: Trainer, batch: Unpainted) -> None:
-        """Counts a training batch; with the last one of an epoch the unreadable images are named in the log.
+        """Counts a training batch; with the last one of an epoch or a run the unreadable images are named in the log.
 
         Raises:
-            UnreadableImagesError: on all ranks, if they are more than the allowed share of the epoch's images.
+            UnreadableImagesError: on all ranks, if they are more than the allowed share of the images; in mid-epoch if they are
+                more than that of the whole epoch.
         """
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # batches before this one
+        if done == 0:
+            self._lines, self._images = [], 0
         self._lines += batch.unreadable
         self._images += len(batch.labels)
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready + 1 < trainer.num_training_batches:
+        is_last = done + 1 >= trainer.num_training_batches or trainer.global_step + 1 == trainer.max_steps
+        if not is_last and (done + 1) % _CHECK_EVERY:
             return
         lines, images = self._over_all_ranks()
-        self._lines, self._images = [], 0
-        if not lines:
+        if not is_last:
+            images = images // (done + 1) * int(trainer.num_training_batches)
+        if not lines or (not is_last and len(lines) <= self.max_share * images):
             return
         named = "\n".join(lines[:_NAMED]) + (f"\n... and {len(lines) - _NAMED} more" if len(lines) > _NAMED else "")
         if trainer.is_global_zero:

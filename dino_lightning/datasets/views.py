@@ -1,7 +1,8 @@
 """From a source of images to what the loaders yield: training views, evaluation views, images with their paths."""
 
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch.utils.data import Dataset, default_collate
 from dino_lightning.datasets.decode import UnreadableImage, as_array
 from dino_lightning.multicrop import MultiCrop, center_view
 from dino_lightning.randomness import generator
+
+log = logging.getLogger(__name__)
 
 _UNREADABLE = (UnreadableImage, OSError, SyntaxError)  # PIL raises a SyntaxError for some broken PNGs
 _ATTEMPTS = 10
@@ -42,6 +45,10 @@ def describe(source: Dataset, index: int) -> str:
     return source.path(index) if hasattr(source, "path") else f"sample {index}"
 
 
+def _line(source: Dataset, index: int, error: Exception) -> str:
+    return f"{describe(source, index)}: {getattr(error, 'reason', error)}"
+
+
 class TrainingViews(Dataset):
     """(epoch, index) → crops, recipe, label and unreadable images, as a function of (seed, epoch, index) alone.
 
@@ -67,7 +74,7 @@ class TrainingViews(Dataset):
             try:
                 return load(self.source, candidate, self.in_chans), unreadable
             except _UNREADABLE as error:
-                unreadable.append(f"{describe(self.source, candidate)}: {getattr(error, 'reason', error)}")
+                unreadable.append(_line(self.source, candidate, error))
             candidate = int(generator(self.seed, epoch, index, _REPLACEMENT + attempt).integers(len(self)))
         raise RuntimeError(f"{_ATTEMPTS} images in a row could not be read:\n" + "\n".join(unreadable))
 
@@ -88,14 +95,38 @@ def collate_views(samples: Sequence[tuple]) -> Unpainted:
 
 
 class EvaluationViews(Dataset):
-    """index → centre view (C, h, w) of uint8, and the label, or with ``paths`` the image's path."""
+    """index → centre view (C, h, w) of uint8 and label. An unreadable image is named in the log, and black with label -1."""
 
-    def __init__(self, source: Dataset, size: tuple[int, int], in_chans: int, paths: bool = False) -> None:
-        self.source, self.size, self.in_chans, self.paths = source, size, in_chans, paths
+    def __init__(self, source: Dataset, size: tuple[int, int], in_chans: int) -> None:
+        self.source, self.size, self.in_chans = source, size, in_chans
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        image, label = load(self.source, index, self.in_chans)
-        return center_view(image, self.size), describe(self.source, index) if self.paths else label
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        try:
+            image, label = load(self.source, index, self.in_chans)
+        except _UNREADABLE as error:
+            log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
+            return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
+        return center_view(image, self.size), label
+
+
+class PredictionViews(EvaluationViews):
+    """index → centre view and path, or None for an unreadable image, which is named in the log."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str] | None:
+        try:
+            image, _ = load(self.source, index, self.in_chans)
+        except _UNREADABLE as error:
+            log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
+            return None
+        return center_view(image, self.size), describe(self.source, index)
+
+    def collate(self, samples: Sequence[tuple[Tensor, str] | None]) -> tuple[Tensor, list[str]]:
+        """The readable samples of a batch: images (B, C, h, w) of uint8, possibly none, and their paths."""
+        readable = [sample for sample in samples if sample is not None]
+        if not readable:
+            return torch.zeros(0, self.in_chans, *self.size, dtype=torch.uint8), []
+        images, paths = zip(*readable)
+        return default_collate(images), list(paths)

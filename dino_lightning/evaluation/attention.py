@@ -1,0 +1,46 @@
+"""What the class token looks at: attention maps of the last block, masks of where its mass lies, overlap with true masks."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_lightning.backbones import VisionTransformer
+
+
+@torch.no_grad()
+def cls_attention(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches in the last block, (B, C, H, W) → (B, heads, h, w).
+
+    Images may have any size that the patch size divides. What the class token pays to itself is left out.
+    """
+    rows = vit.get_last_selfattention(images)[:, :, 0, 1:]  # (B, heads, h·w)
+    return rows.unflatten(-1, (images.shape[-2] // vit.patch_size, images.shape[-1] // vit.patch_size))
+
+
+def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
+    """The fewest patches that hold ``mass`` of each map's attention: (..., h, w) → bool (..., h, w) (paper, figure 4)."""
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass must lie in (0, 1], got {mass}")
+    flat = attention.flatten(-2)
+    values, order = (flat / flat.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True)
+    before = values.cumsum(dim=-1) - values  # what the stronger patches hold already
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, before < mass).unflatten(-1, attention.shape[-2:])
+
+
+def best_head_iou(attention: Tensor, truth: Tensor, mass: float = 0.6) -> Tensor:
+    """Intersection over union of the best head's mask with the true mask, for each image (paper, figure 4).
+
+    Args:
+        attention: (B, heads, h, w).
+        truth: bool (B, H, W), the object's pixels; images without any are not allowed.
+        mass: share of the attention that a mask holds.
+
+    Returns:
+        (B,) of the head that overlaps best in each image.
+    """
+    if not truth.flatten(1).any(dim=1).all():
+        raise ValueError("every true mask must mark at least one pixel; leave images without an object out")
+    masks = F.interpolate(mass_mask(attention, mass).float(), size=truth.shape[-2:], mode="nearest").bool()
+    truth = truth[:, None]
+    union = (masks | truth).sum(dim=(-2, -1))
+    return ((masks & truth).sum(dim=(-2, -1)) / union).amax(dim=1)

@@ -1,0 +1,47 @@
+"""Features of data sets: of a network, and of the raw pixels to compare with."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dino_lightning.datasets.views import EvaluationViews
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
+
+
+@torch.no_grad()
+def extract_features(
+    network: Callable[[Tensor], Tensor],
+    source: Dataset,
+    *,
+    size: tuple[int, int],
+    in_chans: int = 3,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) and labels (N,) of all samples of ``source``, on the device.
+
+    Args:
+        network: images (B, C, H, W), normalised, → features (B, D).
+        source: yields images or (image, label, ...); labels are -1 where there are none.
+        size: (H, W) of the centre view: resized to 256/224 of it, then cropped.
+        progress: title of a progress bar; None for none.
+    """
+    loader = DataLoader(EvaluationViews(source, size, in_chans), batch_size, num_workers=num_workers)
+    features, labels = [], []
+    for images, label in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+        features.append(network(normalize(images.to(device), mean, std)))
+        labels.append(label.to(device))
+    return torch.cat(features), torch.cat(labels)
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) → their pixels at 32×32, (B, C·1024): what features must beat."""
+    return F.interpolate(images, (32, 32), mode="bilinear", antialias=True).flatten(1)
