@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import recipes
-from dino_lightning.callbacks import OnlineKNN, ProgressBar, RunConfig
+from dino_lightning.callbacks import FeatureWriter, OnlineKNN, ProgressBar, RunConfig
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
 
@@ -82,6 +82,8 @@ class DINOCLI(LightningCLI):
         ours = [] if is_given(OnlineKNN) else [OnlineKNN()]
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
+        if self.subcommand == "predict" and not is_given(BasePredictionWriter):
+            ours.append(FeatureWriter())
         self.trainer_defaults["callbacks"] = ours
         return super().instantiate_trainer(**kwargs)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -156,8 +157,22 @@ def test_labelled_splits_are_monitored(run_dir, capsys):
     assert "images/s=" in capsys.readouterr().out
 
 
-def test_predict(run_dir):
-    main(["predict", "--config", "small.yaml", "--data.root", "images"])
+def test_predict_writes_features_and_paths(run_dir):
+    fit("--trainer.max_epochs", "1")
+    (run_dir / "images/0007.jpg").write_text("not an image")
+    main(["predict", "--config", "small.yaml", "--data.root", "images", "--trainer.logger", "false",
+          "--ckpt_path", "lightning_logs/version_0/checkpoints/last.ckpt"])  # fmt: skip
+    features, paths = np.load("features.npy"), Path("paths.txt").read_text().splitlines()
+    assert features.shape == (23, 24) and len(paths) == 23 and paths[0] == str(run_dir / "images/0000.jpg")
+    assert not any(path.endswith("0007.jpg") for path in paths), "the unreadable one is left out"
+
+
+def test_test_command_reports_knn_on_the_test_split(run_dir, capsys):
+    for split, count in (("train", 8), ("val", 2), ("test", 4)):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(Path("labelled") / split / name, count, first=10 * i)
+    main(["test", "--config", "small.yaml", "--data.root", "labelled", "--trainer.logger", "false"])
+    assert "test/knn_top1" in capsys.readouterr().out
 
 
 def test_plain_lightning_cli_works(run_dir, monkeypatch):
