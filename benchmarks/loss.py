@@ -2,8 +2,8 @@
 
     python benchmarks/loss.py [--batch 64] [--views 10] [--rounds 3]
 
-Each variant runs in a fresh process, forward and backward, float32, one thread. Extra memory is the growth of the process's peak
-resident size (VmHWM) over the logits that exist before. Linux only.
+Each variant runs in a fresh process, forward and backward, float32, one thread. Extra memory is the growth of the
+process's peak resident size (VmHWM) over the logits that exist before. Linux only.
 """
 
 import argparse

@@ -7,6 +7,15 @@ from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
 from dino_lightning.module import DINOModule
 
-__all__ = ["DINOHead", "DINOLoss", "DINOModule", "MultiCropDataModule", "VisionTransformer", "evaluation", "optim", "schedules"]
+__all__ = [
+    "DINOHead",
+    "DINOLoss",
+    "DINOModule",
+    "MultiCropDataModule",
+    "VisionTransformer",
+    "evaluation",
+    "optim",
+    "schedules",
+]
 
 __version__ = "0.1.0"

@@ -68,7 +68,7 @@ class DINOCLI(LightningCLI):
             self.config[self.config.subcommand].ckpt_path = path
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has taken them in already."""
+        """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")

@@ -31,9 +31,9 @@ class MultiCropDataModule(LightningDataModule):
     The workers read, crop and decide; the device paints (colour jitter, blur, solarization), in on_after_batch_transfer.
     What an image becomes depends on the seed, the epoch and its index alone, not on workers or ranks.
 
-    Training batches are (views, labels): a list of tensors (B, C, H, W), two global then the local ones, and (B,) labels, -1
-    where there are none; DINO does not use them. (Without a Trainer, ``on_after_batch_transfer(batch, 0)`` makes that of what the
-    loader yields.)
+    Training batches are (views, labels): a list of tensors (B, C, H, W), two global then the local ones, and (B,)
+    labels, -1 where there are none; DINO does not use them. (Without a Trainer, ``on_after_batch_transfer(batch, 0)``
+    makes that of what the loader yields.)
 
     Args:
         root: folder of images, flat or nested, with or without class folders. If it has train/ and val/, validation/ or test/,

@@ -1,4 +1,4 @@
-"""The projection head: an MLP, an L2-normalised bottleneck, and weight-normalised prototypes (paper, section 3.1 and appendix C)."""
+"""The projection head: an MLP, an L2-normalised bottleneck, weight-normalised prototypes (paper, section 3.1, appendix C)."""
 
 import math
 

@@ -104,7 +104,8 @@ class DINOLoss(nn.Module):
         rows, teacher_rows = len(student_logits), len(teacher_logits)
         if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
             raise ValueError(
-                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
+                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, "
+                f"teacher {tuple(teacher_logits.shape)}"
             )
         if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
             raise ValueError(

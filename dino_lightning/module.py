@@ -128,7 +128,7 @@ class DINOModule(LightningModule):
             self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One (micro-)batch. Returns the loss, and detached for callbacks the teacher's entropy and the KL divergence, in nats."""
+        """One (micro-)batch → the loss, and for callbacks the teacher's entropy and the KL divergence, detached, in nats."""
         self.update_teacher()  # already done, unless a subclass overrides on_train_batch_end
         views = split_views(batch)
         teacher_temp = self._plan.teacher_temp_at(self.global_step)
@@ -143,7 +143,7 @@ class DINOModule(LightningModule):
         return {"loss": loss, "teacher_entropy": entropy, "kl": kl}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
-        """Sets the learning rate and the weight decay (of group 0, the decayed one), and steps without the frozen last layer."""
+        """Sets the learning rate and (of group 0, the decayed one) the weight decay; steps without a frozen last layer."""
         for group in optimizer.param_groups:
             group["lr"] = self._plan.lr_at(self.global_step)
         optimizer.param_groups[0]["weight_decay"] = self._plan.weight_decay_at(self.global_step)
@@ -311,7 +311,9 @@ class DINOModule(LightningModule):
 
 def _plain(backbone: Any) -> Any:
     """How a backbone stands in the hyper-parameters: a name and a class path as they are, an object by its type."""
-    return f"{_OBJECT}{type(backbone).__module__}.{type(backbone).__qualname__}" if isinstance(backbone, nn.Module) else backbone
+    if isinstance(backbone, nn.Module):
+        return f"{_OBJECT}{type(backbone).__module__}.{type(backbone).__qualname__}"
+    return backbone
 
 
 def _by_name(name: str, patch_size: int, img_size: int | tuple[int, int], in_chans: int, drop_path_rate: float) -> nn.Module:

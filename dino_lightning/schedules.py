@@ -1,8 +1,8 @@
 """Schedules of DINO as pure functions of the step or the epoch, so that there is nothing to save and nothing to restore.
 
 The values are those of the reference implementation, to float64 rounding: learning rate (linear warm-up, then cosine),
-weight decay and teacher momentum (cosine), teacher temperature (linear warm-up per epoch). Paper: Caron et al. 2021, section 3.1
-and appendix A.
+weight decay and teacher momentum (cosine), teacher temperature (linear warm-up per epoch). Paper: Caron et al. 2021,
+section 3.1 and appendix A.
 """
 
 import math
@@ -39,7 +39,7 @@ def cosine_schedule(
 
 
 def linear_warmup(epoch: int, *, start_value: float, final_value: float, warmup_epochs: int) -> float:
-    """Value at ``epoch`` (0-based) of a line that reaches ``final_value`` in the last of ``warmup_epochs`` epochs and stays there.
+    """Value at ``epoch`` (0-based) of a line that reaches ``final_value`` in the last of ``warmup_epochs`` and stays there.
 
     With 30 warm-up epochs, epoch 29 already has ``final_value``. A warm-up of one epoch has ``start_value`` in epoch 0.
 

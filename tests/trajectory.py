@@ -1,4 +1,4 @@
-"""A golden training run, replayed by a real Trainer with a plain DataLoader. Also a script: one rank of two (see test_trajectory)."""
+"""A golden training run, replayed by a real Trainer with a plain DataLoader; as a script, one rank of two."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Scenarios that test_two_ranks runs on two real processes: ``python two_ranks.py SCENARIO FOLDER``, or in this one with ``train``."""
+"""Scenarios for two real processes (``python two_ranks.py SCENARIO FOLDER``), and the same in one (``train``)."""
 
 import os
 import sys

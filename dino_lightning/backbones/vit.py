@@ -1,7 +1,7 @@
 """Vision transformer with a class token and learned positions that are interpolated to any input size.
 
-State-dict keys, initialisation and numerics are those of the reference (and of timm): pre-norm, LayerNorm eps 1e-6, exact GELU,
-no LayerScale. Paper: Dosovitskiy et al. 2021; positions at other sizes as in Caron et al. 2021.
+State-dict keys, initialisation and numerics are those of the reference (and of timm): pre-norm, LayerNorm eps 1e-6,
+exact GELU, no LayerScale. Paper: Dosovitskiy et al. 2021; positions at other sizes as in Caron et al. 2021.
 """
 
 from collections.abc import Sequence
@@ -196,6 +196,7 @@ def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     if height % patch_size or width % patch_size or not height or not width:
         near = tuple(max(1, round(side / patch_size)) * patch_size for side in (height, width))
         raise ValueError(
-            f"the patch size {patch_size} does not divide the image size {height}×{width}; the nearest that fits is {near[0]}×{near[1]}"
+            f"the patch size {patch_size} does not divide the image size {height}×{width}; "
+            f"the nearest that fits is {near[0]}×{near[1]}"
         )
     return height // patch_size, width // patch_size

@@ -29,8 +29,8 @@ class UnreadableLedger:
         """Counts a training batch; with the last one of an epoch or a run the unreadable images are named in the log.
 
         Raises:
-            UnreadableImagesError: on all ranks, if they are more than the allowed share of the images; in mid-epoch if they are
-                more than that of the whole epoch.
+            UnreadableImagesError: on all ranks, if they are more than the allowed share of the images; in mid-epoch, if
+                they are more than that of the whole epoch.
         """
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # batches before this one
         if done == 0:
