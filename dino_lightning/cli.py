@@ -1,13 +1,14 @@
 """The command line: ``dino-lightning fit|validate|test|predict`` is a LightningCLI with recipes and resumable runs."""
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, auto_cli
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
@@ -18,6 +19,7 @@ from dino_lightning import recipes
 from dino_lightning.callbacks import FeatureWriter, OnlineKNN, ProgressBar, RunConfig
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
+from dino_lightning.tools import TOOLS
 
 
 class DINOCLI(LightningCLI):
@@ -29,7 +31,9 @@ class DINOCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         listing = "\n".join(f"  {name:<20}{recipes.summary(name)}" for name in recipes.names())
-        help_texts = {"epilog": f"recipes for --config:\n{listing}", "formatter_class": _HelpFormatter}
+        tools = "\n".join(f"  {name:<20}{inspect.getdoc(tool).partition(chr(10))[0]}" for name, tool in TOOLS.items())
+        epilog = f"other commands (dino-lightning COMMAND --help):\n{tools}\n\nrecipes for --config:\n{listing}"
+        help_texts = {"epilog": epilog, "formatter_class": _HelpFormatter}
         super().__init__(
             DINOModule,
             MultiCropDataModule,
@@ -69,6 +73,14 @@ class DINOCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
+
+    def before_instantiate_classes(self) -> None:
+        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder)."""
+        options = self._get(self.config, "trainer")
+        for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
+            given = getattr(logger, "init_args", {})
+            if options.default_root_dir and given.get("save_dir", "") in (None, "."):
+                given["save_dir"] = options.default_root_dir
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
@@ -125,4 +137,7 @@ def _hyper_parameters(path: str) -> dict[str, Any]:
 def main(args: Sequence[str] | None = None) -> None:
     """The command ``dino-lightning``."""
     args = sys.argv[1:] if args is None else list(args)
-    DINOCLI(args or ["--help"])
+    if args and args[0] in TOOLS:
+        auto_cli(TOOLS[args[0]], args=args[1:], prog=f"dino-lightning {args[0]}", as_positional=False)
+    else:
+        DINOCLI(args or ["--help"])

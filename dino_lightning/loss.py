@@ -131,9 +131,9 @@ class _PairwiseCrossEntropy(torch.autograd.Function):
         log_sums = p.new_empty(len(student_logits), 1)
         for rows, target, _ in _chunks(p, n_views):
             scaled = _full(student_logits[rows]) / temp  # (rows, K)
-            torch.logsumexp(scaled, dim=-1, keepdim=True, out=log_sums[rows])
-            # Over K first: summing in one go loses digits.
-            loss -= scaled.sub_(log_sums[rows]).mul_(target).sum(dim=-1).sum()
+            log_q = torch.log_softmax(scaled, dim=-1)
+            log_sums[rows] = scaled[:, :1] - log_q[:, :1]
+            loss -= log_q.mul_(target).sum(dim=-1).sum()  # over K first: summing in one go loses digits
         ctx.save_for_backward(student_logits, p, log_sums)
         ctx.n_views, ctx.temp = n_views, temp
         return loss / _terms(p, n_views)
@@ -145,9 +145,12 @@ class _PairwiseCrossEntropy(torch.autograd.Function):
         scale = grad_loss / (ctx.temp * _terms(p, ctx.n_views))
         gradient = torch.empty_like(student_logits)
         for rows, target, n_targets in _chunks(p, ctx.n_views):
-            scaled = _full(student_logits[rows]) / ctx.temp
-            q = scaled.sub_(log_sums[rows] - math.log(n_targets)).exp_()  # n_v · q_v
-            gradient[rows] = q.sub_(target).mul_(scale)
+            whole = gradient.dtype == p.dtype  # else rounded to half precision at the end
+            out = gradient[rows] if whole else torch.empty_like(target)
+            torch.add(math.log(n_targets) - log_sums[rows], student_logits[rows], alpha=1 / ctx.temp, out=out)
+            out.exp_().sub_(target).mul_(scale)  # exp gives n_v · q_v
+            if not whole:
+                gradient[rows] = out
         return gradient, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def printed(capsys, *args):
 
 def test_help_lists_commands_and_recipes(capsys):
     text = printed(capsys, "--help")
-    for word in ("fit", "validate", "test", "predict", "recipes for --config", *recipes.names()):
+    for word in ("fit", "validate", "test", "predict", "knn", "recipes for --config", *recipes.names()):
         assert word in text
     assert printed(capsys) == text, "no arguments give the help"
 
@@ -167,6 +168,31 @@ def test_predict_writes_features_and_paths(run_dir):
     assert not any(path.endswith("0007.jpg") for path in paths), "the unreadable one is left out"
 
 
+def test_knn_of_a_checkpoint(run_dir, capsys):
+    for split, count in (("train", 6), ("validation", 3)):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(Path("labelled") / split / name, count, first=10 * i)
+    fit("--data.root", "labelled", "--trainer.max_epochs", "2", "--trainer.logger", "CSVLogger",
+        "--trainer.logger.save_dir", "runs")  # fmt: skip
+    logged = next(Path("runs").rglob("metrics.csv")).read_text().splitlines()
+    column = logged[0].split(",").index("val/knn_top1")
+    last = [row.split(",")[column] for row in logged[1:] if row.split(",")[column]][-1]
+    capsys.readouterr()
+    main(["knn", "--checkpoint", str(next(Path("runs").rglob("last.ckpt"))), "--root", "labelled", "--k", "[20]",
+          "--compare", "true"])  # fmt: skip
+    text = capsys.readouterr().out
+    trained = re.search(r"^trained +([\d.]+) /", text, flags=re.MULTILINE)
+    assert float(trained[1]) == pytest.approx(100 * float(last), abs=0.05), "as during the training"
+    assert "raw pixels" in text and "untrained" in text and "12 images" in text
+
+
+def test_knn_names_what_is_missing(run_dir):
+    fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
+    checkpoint = str(next(Path("runs").rglob("last.ckpt")))
+    with pytest.raises(FileNotFoundError, match="no folder of queries in images; looked for val, validation, test"):
+        main(["knn", "--checkpoint", checkpoint, "--root", "images"])
+
+
 def test_test_command_reports_knn_on_the_test_split(run_dir, capsys):
     for split, count in (("train", 8), ("val", 2), ("test", 4)):
         for i, name in enumerate(("cat", "dog")):
@@ -187,10 +213,11 @@ def test_wandb_records_keys_and_config_offline(run_dir, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     for i in range(2):  # a second run in the same folder must not fail
         main(["fit", "--config", "small.yaml", "--config", "wandb", "--data.root", "images",
-              "--trainer.default_root_dir", "runs", "--trainer.logger.save_dir", "runs"])  # fmt: skip
+              "--trainer.default_root_dir", "runs"])  # fmt: skip
         import wandb
 
         wandb.finish()
+    assert {path.name for path in Path().iterdir()} == {"images", "small.yaml", "runs"}, "nothing outside the root folder"
     recorded = [read_wandb(path) for path in sorted(Path("runs").rglob("run-*.wandb"))]
     assert len(recorded) == 2
     for history, config in recorded:

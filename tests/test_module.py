@@ -172,7 +172,7 @@ def test_drop_path_is_drawn_from_the_seed_and_leaves_the_global_generator():
         seed_everything(seed)
         backbone = tiny_vit(drop_path_rate=0.5)
         torch.manual_seed(0)
-        backbone._init_weights()
+        backbone.reset_parameters()
         nn.init.normal_(backbone.patch_embed.proj.weight)
         torch.manual_seed(99)  # another state of the global generator must not matter
         state = torch.get_rng_state()

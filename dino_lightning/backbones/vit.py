@@ -59,9 +59,10 @@ class VisionTransformer(nn.Module):
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.blocks = nn.ModuleList([_Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self._init_weights()
+        self.reset_parameters()
 
-    def _init_weights(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draws the weights of the blocks, positions and class token anew."""
         # The patch embedding keeps torch's default, as in the reference.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)

@@ -1,0 +1,5 @@
+"""The commands beside fit: functions whose arguments are the command line's, called on checkpoints."""
+
+from dino_lightning.tools.knn import knn
+
+TOOLS = {"knn": knn}

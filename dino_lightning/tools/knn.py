@@ -1,0 +1,89 @@
+"""``dino-lightning knn``: k-NN accuracy of a checkpoint."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.datasets import ImageFolder
+from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.evaluation.features import extract_features, raw_pixels
+from dino_lightning.module import DINOModule
+
+
+def knn(
+    checkpoint: str,
+    root: str,
+    queries: str | None = None,
+    k: list[int] = [10, 20, 100, 200],  # noqa: B006 (jsonargparse shows it in the help)
+    temperature: float = 0.07,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    compare: bool = False,
+) -> dict[str, list[tuple[float, float]]]:
+    """Weighted k-NN accuracy of the teacher's features on labelled images.
+
+    Args:
+        checkpoint: a checkpoint of dino-lightning fit.
+        root: folder with train/ (the bank) and a folder of queries, each with class folders.
+        queries: name of the query folder; by default the first of val, validation and test that there is.
+        k: numbers of neighbours.
+        temperature: of the votes.
+        image_size: pixels of the images' side; by default that of the training's global crops.
+        batch_size: images at a time.
+        num_workers: worker processes.
+        compare: also the raw pixels and the same network untrained, what the features must beat.
+
+    Returns:
+        For "trained" (and "raw pixels", "untrained"): (top-1, top-5) as fractions for each k.
+    """
+    module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    in_chans = module.options["in_chans"]
+    names = [queries] if queries else ["val", "validation", "test"]
+    folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"there is no folder of queries in {root}; looked for {', '.join(names)}")
+    bank = ImageFolder(Path(root) / "train", in_chans)
+    if bank.classes is None:
+        raise ValueError(f"{bank.root} has no class folders; k-NN needs labels")
+    query = ImageFolder(folder, in_chans, classes=bank.classes)
+    size = image_size or _training_size(module)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+    def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
+        options = dict(size=(size, size), in_chans=in_chans, batch_size=batch_size, num_workers=num_workers, device=device)
+        features = [extract_features(network, source, progress=title, **options) for source in (bank, query)]
+        return [knn_accuracy(*features[0], *features[1], k=n, temperature=temperature) for n in k]
+
+    results = {}
+    if compare:
+        results["raw pixels"] = accuracies("raw pixels", raw_pixels)
+        results["untrained"] = accuracies("untrained", _untrained(module).to(device))
+    results["trained"] = accuracies("trained", module.to(device))
+    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {size} pixels; top-1 / top-5 in per cent")
+    print(" " * 12 + "".join(f"{f'k = {n}':>14}" for n in k))
+    for name, values in results.items():
+        print(f"{name:12}" + "".join(f"{100 * top1:7.1f} /{100 * top5:5.1f}" for top1, top5 in values))
+    return results
+
+
+def _training_size(module: DINOModule) -> int:
+    backbone = module.teacher.backbone
+    if isinstance(backbone, VisionTransformer):
+        return backbone.grid[0] * backbone.patch_size
+    size = module.options["img_size"]
+    return size if isinstance(size, int) else size[0]
+
+
+def _untrained(module: DINOModule) -> nn.Module:
+    """The backbone as it was before training: drawn anew."""
+    torch.manual_seed(0)
+    backbone = copy.deepcopy(module.teacher.backbone)
+    for part in reversed(list(backbone.modules())):  # the whole last: it may overrule its parts
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return backbone.eval()
