@@ -28,21 +28,24 @@ class Losses(Callback):
         self.values.append(outputs["loss"].item())
 
 
-def train(folder: Path, batch_size: int, callbacks=(), **options) -> dict:
+def train(folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, **options) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
     data = MultiCropDataModule(
-        folder / "images", batch_size=batch_size, num_workers=0, global_crops_size=32, local_crops_size=16,
+        folder / "images", batch_size=batch_size, num_workers=num_workers, global_crops_size=32, local_crops_size=16,
         local_crops_number=2,
     )  # fmt: skip
-    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    backbone = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate
+    )
     module = DINOModule(backbone=backbone, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05)
     losses = Losses()
     trainer = Trainer(
         accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, callbacks=[losses, OnlineKNN(k=3), *callbacks], **options,
+        num_sanity_val_steps=0, callbacks=[losses, OnlineKNN(k=3), *callbacks],
+        **{"enable_checkpointing": False, **options},
     )  # fmt: skip
-    trainer.fit(module, data)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics}
 

@@ -1,0 +1,29 @@
+"""A run that was interrupted after any step and resumed ends as the run that was not."""
+
+import pytest
+import torch
+from conftest import write_images
+from lightning.pytorch.callbacks import ModelCheckpoint
+from two_ranks import train
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run of 2 epochs of 5 batches with drop path, and a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("resume")
+    write_images(folder / "images", 22)
+    every_step = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    return folder, run(folder, callbacks=[every_step], enable_checkpointing=True)
+
+
+def run(folder, **options):
+    return train(folder, batch_size=4, devices=1, drop_path_rate=0.3, **options)
+
+
+@pytest.mark.parametrize("step, num_workers", [(1, 0), (3, 2), (5, 0), (7, 0)])
+def test_resumed_after_any_step(whole_run, step, num_workers):
+    folder, whole = whole_run
+    resumed = run(folder, ckpt_path=folder / f"step={step}.ckpt", num_workers=num_workers)
+    assert resumed["losses"] == whole["losses"][step:]
+    for key, value in whole["state"].items():
+        assert torch.equal(resumed["state"][key], value), key
