@@ -18,7 +18,7 @@ from dino_lightning.datasets import ImageFolder, find_splits
 from dino_lightning.datasets.unreadable import UnreadableLedger
 from dino_lightning.datasets.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
 from dino_lightning.multicrop import MultiCrop
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize, paint
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.randomness import generator
 from dino_lightning.sampler import EpochSampler, training_position
 
@@ -102,8 +102,8 @@ class MultiCropDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = _default_workers() if num_workers is None else num_workers
         self.in_chans = in_chans
-        self.mean = _per_channel("mean", mean, IMAGENET_MEAN, in_chans)
-        self.std = _per_channel("std", std, IMAGENET_STD, in_chans)
+        self.mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
+        self.std = channel_numbers("std", std, IMAGENET_STD, in_chans)
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
@@ -235,12 +235,3 @@ def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
     if len(sides) != 2:
         raise ValueError(f"{name} must be pixels or (height, width), got {size}")
     return int(sides[0]), int(sides[1])
-
-
-def _per_channel(
-    name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], in_chans: int
-) -> tuple[float, ...]:
-    values = tuple(values) if values is not None else imagenet if in_chans == 3 else (0.5,) * in_chans
-    if len(values) != in_chans:
-        raise ValueError(f"{name} has {len(values)} values {values}, but there are in_chans={in_chans} channels")
-    return values

@@ -83,6 +83,20 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().div_(255).sub_(center).div_(spread)
 
 
+def channel_numbers(
+    name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], in_chans: int
+) -> tuple[float, ...]:
+    """The mean or std of `in_chans` channels: as given, else ImageNet's for three and 0.5 for other counts.
+
+    Raises:
+        ValueError: if there is not one number per channel.
+    """
+    values = tuple(values) if values is not None else imagenet if in_chans == 3 else (0.5,) * in_chans
+    if len(values) != in_chans:
+        raise ValueError(f"{name} has {len(values)} values {values}, but there are in_chans={in_chans} channels")
+    return values
+
+
 def _paint(image: Tensor, recipe: np.ndarray) -> None:
     """Run every step on its subset of the crops (n, C, H, W), in place."""
     steps = list(_steps(recipe, image.shape[1]))

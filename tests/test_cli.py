@@ -186,6 +186,20 @@ def test_knn_of_a_checkpoint(run_dir, capsys):
     assert "raw pixels" in text and "untrained" in text and "12 images" in text
 
 
+def test_knn_of_gray_images_and_of_a_wrong_number_of_means(run_dir, capsys):
+    for split in ("train", "val"):
+        for i, name in enumerate(("cat", "dog")):
+            write_images(Path("labelled") / split / name, 6, first=10 * i)
+    fit("--data.root", "labelled", "--data.in_chans", "1", "--model.backbone", "resnet18", "--trainer.max_epochs", "1",
+        "--model.img_size", "32", "--trainer.default_root_dir", "runs")  # fmt: skip
+    command = ["knn", "--checkpoint", str(next(Path("runs").rglob("last.ckpt"))), "--root", "labelled", "--k", "[5]"]
+    capsys.readouterr()
+    main([*command, "--mean", "[0.4]", "--std", "[0.2]"])
+    assert "32 pixels" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="mean has 3 values .* in_chans=1"):
+        main([*command, "--mean", "[0.4, 0.4, 0.4]"])
+
+
 def test_knn_names_what_is_missing(run_dir):
     fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
     checkpoint = str(next(Path("runs").rglob("last.ckpt")))

@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model_builder, list_models
 
-# Transformers with a fixed input size, which multi-crop training cannot use.
+# No CNNs, and most take one input size only; our own and timm's take any.
 _TRANSFORMERS = ("vit_", "swin_", "maxvit")
 
 

@@ -35,14 +35,14 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
         if not self._images:
             return self._shown
-        loss = trainer.callback_metrics["train/loss"].item()
-        entropy = trainer.callback_metrics["train/teacher_entropy"].item()
+        names = {"loss": "train/loss", "entropy": "train/teacher_entropy"}
+        logged = trainer.callback_metrics  # a subclass's own training_step need not log them
+        values = {label: f"{logged[name].item():.3f}" for label, name in names.items() if name in logged}
         now = time.monotonic()
         rate = self._images / max(now - self._since, 1e-9)
         self._images, self._since = 0, now
         self._shown = {
-            "loss": f"{loss:.3f}",
-            "entropy": f"{entropy:.3f}",
+            **values,
             "lr": f"{trainer.optimizers[0].param_groups[0]['lr']:.2e}",
             "images/s": f"{rate:.1f}",
             **{name: f"{value:.3f}" for name, value in super().get_metrics(trainer, pl_module).items() if "/" in name},

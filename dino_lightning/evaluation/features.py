@@ -1,6 +1,6 @@
 """Features of data sets: of a network, and of the raw pixels to compare with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dino_lightning.datasets.views import EvaluationViews
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 
 
 @torch.no_grad()
@@ -19,8 +19,8 @@ def extract_features(
     *,
     size: tuple[int, int],
     in_chans: int = 3,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     device: torch.device | str = "cpu",
@@ -32,8 +32,12 @@ def extract_features(
         network: images (B, C, H, W), normalised, → features (B, D).
         source: yields images or (image, label, ...); labels are -1 where there are none.
         size: (H, W) of the centre view: resized to 256/224 of it, then cropped.
+        mean: per channel, in [0, 1], as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        std: likewise.
         progress: title of a progress bar; None for none.
     """
+    mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
+    std = channel_numbers("std", std, IMAGENET_STD, in_chans)
     loader = DataLoader(EvaluationViews(source, size, in_chans), batch_size, num_workers=num_workers)
     features, labels = [], []
     for images, label in tqdm(loader, desc=progress, disable=progress is None, leave=False):

@@ -18,9 +18,11 @@ def knn(
     checkpoint: str,
     root: str,
     queries: str | None = None,
-    k: list[int] = [10, 20, 100, 200],  # noqa: B006 (jsonargparse shows it in the help)
+    k: tuple[int, ...] = (10, 20, 100, 200),
     temperature: float = 0.07,
     image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     compare: bool = False,
@@ -34,6 +36,8 @@ def knn(
         k: numbers of neighbours.
         temperature: of the votes.
         image_size: pixels of the images' side; by default that of the training's global crops.
+        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        std: per channel, likewise.
         batch_size: images at a time.
         num_workers: worker processes.
         compare: also the raw pixels and the same network untrained, what the features must beat.
@@ -55,8 +59,21 @@ def knn(
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
-        options = dict(size=(size, size), in_chans=in_chans, batch_size=batch_size, num_workers=num_workers, device=device)
-        features = [extract_features(network, source, progress=title, **options) for source in (bank, query)]
+        features = [
+            extract_features(
+                network,
+                source,
+                size=(size, size),
+                in_chans=in_chans,
+                mean=mean,
+                std=std,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                device=device,
+                progress=title,
+            )
+            for source in (bank, query)
+        ]
         return [knn_accuracy(*features[0], *features[1], k=n, temperature=temperature) for n in k]
 
     results = {}
