@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import torch
-from jsonargparse import DefaultHelpFormatter, auto_cli
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import recipes
-from dino_lightning.callbacks import FeatureWriter, OnlineKNN, ProgressBar, RunConfig
+from dino_lightning.callbacks import AttentionMaps, FeatureWriter, OnlineKNN, ProgressBar, RunConfig
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
 from dino_lightning.tools import TOOLS
@@ -91,7 +92,7 @@ class DINOCLI(LightningCLI):
 
         if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        ours = [] if is_given(OnlineKNN) else [OnlineKNN()]
+        ours = [kind() for kind in (OnlineKNN, AttentionMaps) if not is_given(kind)]
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
@@ -134,10 +135,25 @@ def _hyper_parameters(path: str) -> dict[str, Any]:
     return {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name[0] != "_"}
 
 
+def _run_tool(name: str, args: Sequence[str]) -> None:
+    """Calls a tool with its options; what its ``*names`` take stands on the command line without an option."""
+    tool = TOOLS[name]
+    parser = ArgumentParser(prog=f"dino-lightning {name}")
+    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    listed = next((p.name for p in inspect.signature(tool).parameters.values() if p.kind == p.VAR_POSITIONAL), None)
+    if listed:
+        explained = next(p.description for p in docstring_parser.parse(tool.__doc__).params if p.arg_name == listed)
+        parser.add_argument(listed, nargs="+", type=str, help=explained)
+    parser.add_function_arguments(tool, as_positional=False, fail_untyped=True)
+    options = parser.parse_args(args).as_dict()
+    options.pop("config")
+    tool(*options.pop(listed, ()), **options)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command ``dino-lightning``."""
     args = sys.argv[1:] if args is None else list(args)
     if args and args[0] in TOOLS:
-        auto_cli(TOOLS[args[0]], args=args[1:], prog=f"dino-lightning {args[0]}", as_positional=False)
+        _run_tool(args[0], args[1:])
     else:
         DINOCLI(args or ["--help"])

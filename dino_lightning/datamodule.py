@@ -179,6 +179,17 @@ class MultiCropDataModule(LightningDataModule):
         views = PredictionViews(source, self.multicrop.global_crops_size, self.in_chans)
         return self._loader(views, collate_fn=views.collate)
 
+    def examples(self, count: int) -> Tensor:
+        """Images to look at during training, always the same: centre views (count, C, H, W) of uint8, evenly spaced.
+
+        Of the monitors' queries where there are any, else of the training images.
+        """
+        loaders = self.val_dataloader()
+        size = self.multicrop.global_crops_size
+        views = loaders[1].dataset if loaders else EvaluationViews(self._train_source, size, self.in_chans)
+        count = min(count, len(views))
+        return torch.stack([views[i * len(views) // count][0] for i in range(count)])
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unpainted):
             if self.trainer is not None:

@@ -150,3 +150,14 @@ def center_view(image: np.ndarray, size: tuple[int, int]) -> Tensor:
     covering = resize(pixels, (max(size[0], int(height * factor + 1e-6)), max(size[1], int(width * factor + 1e-6))))
     top, left = (round((covering.shape[1 + i] - size[i]) / 2) for i in (0, 1))
     return covering[:, top : top + size[0], left : left + size[1]]
+
+
+def whole_view(image: np.ndarray, shorter: int, multiple: int) -> Tensor:
+    """The whole of an image (H, W, C) of uint8 → (C, h, w) of uint8, for attention maps.
+
+    Its shorter side becomes ``shorter`` pixels and its shape stays, both rounded to a ``multiple``, the patch size.
+    """
+    pixels = _trim(torch.from_numpy(image))
+    scale = shorter / min(pixels.shape[:2])
+    height, width = (max(1, round(side * scale / multiple)) * multiple for side in pixels.shape[:2])
+    return resize(pixels, (height, width))

@@ -1,5 +1,6 @@
 """Backbones: modules that map images (B, C, H, W) to features (B, D), by name or as given."""
 
+import copy
 import logging
 
 import torch
@@ -9,7 +10,7 @@ from dino_lightning.backbones.cnn import cnn_names, torchvision_cnn
 from dino_lightning.backbones.timm import timm_model
 from dino_lightning.backbones.vit import VIT_SIZES, VisionTransformer
 
-__all__ = ["VisionTransformer", "build", "example_images", "feature_dim", "features_at", "freeze_unused"]
+__all__ = ["VisionTransformer", "build", "example_images", "feature_dim", "features_at", "freeze_unused", "redrawn"]
 
 log = logging.getLogger(__name__)
 
@@ -115,3 +116,15 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
             "pool and flatten its output"
         )
     return features
+
+
+def redrawn(backbone: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy of the backbone in evaluation mode with its weights drawn anew: to see what the features are worth untrained."""
+    device = next(backbone.parameters()).device
+    copied = copy.deepcopy(backbone).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for part in reversed(list(copied.modules())):  # the whole last: it may overrule its parts
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
+    return copied.to(device).eval()

@@ -1,8 +1,10 @@
 """Callbacks: what happens around training steps."""
 
+from dino_lightning.callbacks.attention_maps import AttentionMaps
 from dino_lightning.callbacks.feature_writer import FeatureWriter
 from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.progress import ProgressBar
 from dino_lightning.callbacks.run_config import RunConfig
+from dino_lightning.callbacks.scene_report import SceneReport
 
-__all__ = ["FeatureWriter", "OnlineKNN", "ProgressBar", "RunConfig"]
+__all__ = ["AttentionMaps", "FeatureWriter", "OnlineKNN", "ProgressBar", "RunConfig", "SceneReport"]

@@ -27,20 +27,23 @@ def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, before < mass).unflatten(-1, attention.shape[-2:])
 
 
-def best_head_iou(attention: Tensor, truth: Tensor, mass: float = 0.6) -> Tensor:
-    """Intersection over union of the best head's mask with the true mask, for each image (paper, figure 4).
+def mask_iou(masks: Tensor, truth: Tensor) -> Tensor:
+    """Intersection over union of each head's mask with the true one, which may be finer.
 
     Args:
-        attention: (B, heads, h, w).
+        masks: bool (B, heads, h, w).
         truth: bool (B, H, W), the object's pixels; images without any are not allowed.
-        mass: share of the attention that a mask holds.
 
     Returns:
-        (B,) of the head that overlaps best in each image.
+        (B, heads).
     """
     if not truth.flatten(1).any(dim=1).all():
         raise ValueError("every true mask must mark at least one pixel; leave images without an object out")
-    masks = F.interpolate(mass_mask(attention, mass).float(), size=truth.shape[-2:], mode="nearest").bool()
+    masks = F.interpolate(masks.float(), size=truth.shape[-2:], mode="nearest").bool()
     truth = truth[:, None]
-    union = (masks | truth).sum(dim=(-2, -1))
-    return ((masks & truth).sum(dim=(-2, -1)) / union).amax(dim=1)
+    return (masks & truth).sum(dim=(-2, -1)) / (masks | truth).sum(dim=(-2, -1))
+
+
+def best_head_iou(attention: Tensor, truth: Tensor, mass: float = 0.6) -> Tensor:
+    """Overlap with the truth (B, H, W) of the head that overlaps best in each image, (B, heads, h, w) → (B,) (paper, figure 4)."""
+    return mask_iou(mass_mask(attention, mass), truth).amax(dim=1)

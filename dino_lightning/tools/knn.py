@@ -1,17 +1,15 @@
 """``dino-lightning knn``: k-NN accuracy of a checkpoint."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones import redrawn
 from dino_lightning.datasets import ImageFolder
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.features import extract_features, raw_pixels
-from dino_lightning.module import DINOModule
+from dino_lightning.tools.checkpoint import load_module, training_size
 
 
 def knn(
@@ -45,7 +43,7 @@ def knn(
     Returns:
         For "trained" (and "raw pixels", "untrained"): (top-1, top-5) as fractions for each k.
     """
-    module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    module = load_module(checkpoint)
     in_chans = module.options["in_chans"]
     names = [queries] if queries else ["val", "validation", "test"]
     folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
@@ -55,8 +53,7 @@ def knn(
     if bank.classes is None:
         raise ValueError(f"{bank.root} has no class folders; k-NN needs labels")
     query = ImageFolder(folder, in_chans, classes=bank.classes)
-    size = image_size or _training_size(module)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    size = image_size or training_size(module)
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
         features = [
@@ -69,7 +66,7 @@ def knn(
                 std=std,
                 batch_size=batch_size,
                 num_workers=num_workers,
-                device=device,
+                device=module.device,
                 progress=title,
             )
             for source in (bank, query)
@@ -79,28 +76,11 @@ def knn(
     results = {}
     if compare:
         results["raw pixels"] = accuracies("raw pixels", raw_pixels)
-        results["untrained"] = accuracies("untrained", _untrained(module).to(device))
-    results["trained"] = accuracies("trained", module.to(device))
+        results["untrained"] = accuracies("untrained", redrawn(module.teacher.backbone))
+    results["trained"] = accuracies("trained", module)
     print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {size} pixels; top-1 / top-5 in per cent")
     print(" " * 12 + "".join(f"{f'k = {n}':>14}" for n in k))
     for name, values in results.items():
         print(f"{name:12}" + "".join(f"{100 * top1:7.1f} /{100 * top5:5.1f}" for top1, top5 in values))
     return results
 
-
-def _training_size(module: DINOModule) -> int:
-    backbone = module.teacher.backbone
-    if isinstance(backbone, VisionTransformer):
-        return backbone.grid[0] * backbone.patch_size
-    size = module.options["img_size"]
-    return size if isinstance(size, int) else size[0]
-
-
-def _untrained(module: DINOModule) -> nn.Module:
-    """The backbone as it was before training: drawn anew."""
-    torch.manual_seed(0)
-    backbone = copy.deepcopy(module.teacher.backbone)
-    for part in reversed(list(backbone.modules())):  # the whole last: it may overrule its parts
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    return backbone.eval()

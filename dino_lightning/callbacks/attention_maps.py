@@ -1,0 +1,68 @@
+"""Pictures of what the teacher looks at, of the same images throughout a run."""
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.evaluation.attention import cls_attention, mass_mask
+from dino_lightning.painting import normalize
+from dino_lightning.pictures import attention_sheet
+
+
+class AttentionMaps(Callback):
+    """Draws ``pictures/attention_STEP.png`` into the run folder: before training, every n epochs, and at the end.
+
+    Needs a ViT of this package and a MultiCropDataModule; with others it does nothing, and says so.
+
+    Args:
+        every_n_epochs: how often it draws during training.
+        count: number of images.
+        mass: share of a head's attention that the marked patches hold.
+    """
+
+    def __init__(self, every_n_epochs: int = 10, count: int = 4, mass: float = 0.6) -> None:
+        if every_n_epochs < 1 or count < 1:
+            raise ValueError(f"every_n_epochs and count must be at least 1, got {every_n_epochs} and {count}")
+        self.every_n_epochs, self.count, self.mass = every_n_epochs, count, mass
+        self._images: torch.Tensor | None = None
+        self._drawn = -1  # the step of the newest picture
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._images = None
+        if trainer.fast_dev_run:
+            return
+        if not isinstance(pl_module.teacher.backbone, VisionTransformer):
+            rank_zero_info("no pictures of attention: the backbone is no ViT of this package")
+        elif not isinstance(trainer.datamodule, MultiCropDataModule):
+            rank_zero_info("no pictures of attention: the data do not come from a MultiCropDataModule")
+        elif trainer.is_global_zero:
+            self._images = trainer.datamodule.examples(self.count)
+        if trainer.global_step == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._drawn != trainer.global_step:
+            self._draw(trainer, pl_module)
+
+    @torch.no_grad()
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(run_folder(trainer)) / "pictures"
+        step = self._drawn = trainer.global_step
+        if self._images is None:
+            return
+        data = trainer.datamodule
+        images = normalize(self._images.to(pl_module.device), data.mean, data.std)
+        maps = cls_attention(pl_module.teacher.backbone, images).cpu()
+        title = f"step {step}; below the maps: the patches that hold {self.mass:.0%} of a head's attention"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = attention_sheet(self._images, maps, mass_mask(maps, self.mass), [""] * len(maps), title)
+        picture.save(folder / f"attention_{step:07d}.png")

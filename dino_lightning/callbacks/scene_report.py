@@ -1,0 +1,135 @@
+"""The quickstart's report: what a run on the generated scenes learned, in numbers and a picture."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_lightning.backbones import VisionTransformer, redrawn
+from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.datasets import Scenes
+from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.evaluation.attention import cls_attention, mask_iou, mass_mask
+from dino_lightning.evaluation.features import raw_pixels
+from dino_lightning.painting import normalize
+from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
+
+_QUERIES_FIRST = 10**6  # far from any training scene
+_SHOWN = 6
+
+
+class _Sight(NamedTuple):
+    """What one network makes of the query scenes: attention and its masks (N, heads, h, w), their overlap (N, heads)."""
+
+    knn: float
+    attention: Tensor
+    masks: Tensor
+    iou: Tensor
+
+    def best(self, scene: int) -> tuple[Tensor, Tensor]:
+        """Attention and mask of the head that overlaps best in a scene."""
+        head = self.iou[scene].argmax()
+        return self.attention[scene, head], self.masks[scene, head]
+
+
+class SceneReport(Callback):
+    """Prints k-NN accuracy and attention overlap of the teacher on scenes it never saw, beside those of raw pixels and of the
+    untrained network, and draws ``pictures/before_after.png`` into the run folder.
+
+    Labels and masks are read here only, never in training.
+
+    Args:
+        bank: training scenes that vote in the k-NN.
+        queries: scenes that training has not seen.
+        k: neighbours.
+    """
+
+    def __init__(self, bank: int = 1024, queries: int = 512, k: int = 20) -> None:
+        self.bank, self.queries, self.k = bank, queries, k
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scenes = getattr(trainer.datamodule, "dataset", None)
+        if not isinstance(scenes, Scenes) or not isinstance(pl_module.teacher.backbone, VisionTransformer):
+            raise TypeError(
+                "SceneReport is for runs of a VisionTransformer on dino_lightning.datasets.scenes.Scenes, got "
+                f"{type(pl_module.teacher.backbone).__name__} on {type(scenes).__name__}; leave this callback out"
+            )
+        if not trainer.is_global_zero:
+            return
+        self._bank = Scenes(min(self.bank, len(scenes)), scenes.first, scenes.side).tensors()
+        self._queries = Scenes(self.queries, _QUERIES_FIRST, scenes.side).tensors()
+        self._data = trainer.datamodule
+        (bank, labels, _), (queries, truth, _) = self._bank, self._queries
+        self._raw = knn_accuracy(*[raw_pixels(bank / 255), labels, raw_pixels(queries / 255), truth], k=self.k)[0]
+        self._before = self._look(redrawn(pl_module.teacher.backbone))
+        print(
+            f"Before training, on {len(queries)} new scenes of {Scenes.n_classes} classes (chance: {1 / Scenes.n_classes:.0%}): "
+            f"k-NN finds the class of {self._raw:.0%} from raw pixels, of {self._before.knn:.0%} from an untrained network, "
+            f"whose attention overlaps with the object by {self._before.iou.amax(dim=1).mean():.2f}."
+        )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(run_folder(trainer))
+        if not trainer.is_global_zero:
+            return
+        after = self._look(pl_module.teacher.backbone)
+        path = folder / "pictures" / "before_after.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._picture(after).save(path)
+        saved = trainer.checkpoint_callback
+        checkpoint = (saved and (saved.last_model_path or saved.best_model_path)) or "(none was written)"
+        before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))
+        print(
+            f"""
+                              raw pixels   untrained     trained
+k-NN accuracy (k = {self.k})        {self._raw:10.1%}  {self._before.knn:10.1%}  {after.knn:10.1%}
+attention on the object (IoU)          -  {before_iou:10.2f}  {after_iou:10.2f}
+
+Learned without a label. See it: {path}
+The checkpoint: {checkpoint}
+Try next, on your own images:
+  dino-lightning fit --config cpu --data.root FOLDER
+  dino-lightning attention IMAGE.jpg --checkpoint {checkpoint}"""
+        )
+
+    @torch.no_grad()
+    def _look(self, backbone: VisionTransformer) -> _Sight:
+        """A teacher's backbone, which has no stochastic depth, or an untrained one."""
+        device = next(backbone.parameters()).device
+        (bank, labels, _), (queries, truth, masks) = self._bank, self._queries
+
+        def chunks(images: Tensor) -> list[Tensor]:
+            return [normalize(chunk.to(device), self._data.mean, self._data.std) for chunk in images.split(256)]
+
+        features = [torch.cat([backbone(chunk) for chunk in chunks(images)]).cpu() for images in (bank, queries)]
+        accuracy, _ = knn_accuracy(features[0], labels, features[1], truth, k=self.k)
+        # At twice the size, as in the paper's figures: the outlines are finer.
+        large = F.interpolate(queries, scale_factor=2, mode="bicubic", antialias=True)
+        attention = torch.cat([cls_attention(backbone, chunk).cpu() for chunk in chunks(large)])
+        marked = mass_mask(attention)
+        return _Sight(accuracy, attention, marked, mask_iou(marked, masks))
+
+    def _picture(self, after: _Sight) -> Image.Image:
+        """For the first query scenes: the object, and what the best head marks before and after; all heads after."""
+        images, _, masks = self._queries
+        rows = []
+        for i in range(_SHOWN):
+            image, cells = images[i], [rgb(images[i]), cut_out(images[i], masks[i])]
+            for sight in (self._before, after):
+                attention, mask = sight.best(i)
+                cells += [heat_map(image, attention), cut_out(image, mask)]
+            rows.append(cells + [heat_map(image, attention) for attention in after.attention[i]])
+        heads = range(after.attention.shape[1])
+        return sheet(
+            rows,
+            [
+                *("scene", "its object\n(never told)", "untrained:\nbest head", "60 % of its\nattention"),
+                *("trained:\nbest head", "60 % of its\nattention", *(f"trained:\nhead {head + 1}" for head in heads)),
+            ],
+            cell=(112, 112),
+            title="What the class token looks at in scenes that training has not seen",
+        )
