@@ -182,10 +182,12 @@ class MultiCropDataModule(LightningDataModule):
     def examples(self, count: int) -> Tensor:
         """Images to look at during training, always the same: centre views (count, C, H, W) of uint8, evenly spaced.
 
-        Of the monitors' queries where there are any, else of the training images.
+        Of the monitors' queries where there are any, else of the training images; none if a subclass has others.
         """
-        loaders = self.val_dataloader()
         size = self.multicrop.global_crops_size
+        if self._train_source is None:
+            return torch.zeros(0, self.in_chans, *size, dtype=torch.uint8)
+        loaders = self._labelled_loaders(self._query_folders)
         views = loaders[1].dataset if loaders else EvaluationViews(self._train_source, size, self.in_chans)
         count = min(count, len(views))
         return torch.stack([views[i * len(views) // count][0] for i in range(count)])

@@ -259,6 +259,12 @@ class DINOModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("drop_path_seed")
 
+    @property
+    def backbone_name(self) -> str | None:
+        """By what name the backbone was built; None if it was given as an object."""
+        name = self.hparams.get("backbone")
+        return name if isinstance(name, str) and not name.startswith(_OBJECT) else None
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) → features of the teacher's backbone (B, D)."""
         return self.teacher.features(images)

@@ -132,7 +132,7 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size, mode="bicubic", antialias=True)[0]
 
 
-def _trim(pixels: Tensor, most: int = 16) -> Tensor:
+def trim(pixels: Tensor, most: int = 16) -> Tensor:
     """The centre of an extremely long image: what is ``most`` times as long as wide, of which evaluation sees the middle."""
     height, width = pixels.shape[:2]
     rows, columns = max(0, height - most * width) // 2, max(0, width - most * height) // 2
@@ -144,7 +144,7 @@ def center_view(image: np.ndarray, size: tuple[int, int]) -> Tensor:
 
     Resized until it covers 256/224 of ``size`` (a shorter side of 256 for 224), then the centre is cut out.
     """
-    pixels = _trim(torch.from_numpy(image))
+    pixels = trim(torch.from_numpy(image))
     height, width = pixels.shape[:2]
     factor = max(size[0] / height, size[1] / width) * 256 / 224
     covering = resize(pixels, (max(size[0], int(height * factor + 1e-6)), max(size[1], int(width * factor + 1e-6))))
@@ -157,7 +157,7 @@ def whole_view(image: np.ndarray, shorter: int, multiple: int) -> Tensor:
 
     Its shorter side becomes ``shorter`` pixels and its shape stays, both rounded to a ``multiple``, the patch size.
     """
-    pixels = _trim(torch.from_numpy(image))
+    pixels = trim(torch.from_numpy(image))
     scale = shorter / min(pixels.shape[:2])
     height, width = (max(1, round(side * scale / multiple)) * multiple for side in pixels.shape[:2])
     return resize(pixels, (height, width))

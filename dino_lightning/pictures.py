@@ -52,7 +52,8 @@ def sheet(
     font, line = ImageFont.load_default(size), round(size * 1.4)
     top = _GAP + line * (1 + bool(title) + max(heading.count("\n") for heading in headings))
     columns = len(headings)
-    page = Image.new("RGB", (_GAP + columns * (width + _GAP), top + _GAP + len(rows) * (height + _GAP)), _PAPER)
+    across = max(_GAP + columns * (width + _GAP), 2 * _GAP + round(font.getlength(title)))
+    page = Image.new("RGB", (across, top + _GAP + len(rows) * (height + _GAP)), _PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((_GAP, _GAP // 2), title, _INK, font)
     for column, heading in enumerate(headings):
@@ -85,7 +86,7 @@ def attention_sheet(images: Tensor, attention: Tensor, masks: Tensor, captions: 
         rows.append([rgb(image), heat_map(image, maps.mean(dim=0)), *(heat_map(image, maps[head]) for head in heads)])
         rows.append([caption, "", *(cut_out(image, marks[head]) for head in heads)])
     height, width = images.shape[-2:]
-    scale = 150 / max(height, width)
+    scale = max(150 / max(height, width), 90 / width)
     return sheet(
         rows,
         ["image", "mean", *(f"head {head + 1}" for head in heads)],

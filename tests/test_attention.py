@@ -6,14 +6,14 @@ import torch
 
 from dino_lightning import VisionTransformer
 from dino_lightning.datasets import Scenes
-from dino_lightning.evaluation.attention import best_head_iou, cls_attention, mass_mask
+from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.features import extract_features, raw_pixels
 
 
 def test_attention_of_the_class_token_at_any_size():
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2).eval()
     images = torch.randn(3, 3, 32, 48)
-    maps = cls_attention(vit, images)
+    maps = vit.get_cls_attention(images)
     assert maps.shape == (3, 2, 4, 6)
     whole = vit.get_last_selfattention(images)
     assert torch.equal(maps[1, 0, 2, 3], whole[1, 0, 0, 1 + 2 * 6 + 3])
@@ -53,7 +53,7 @@ def test_scenes_are_a_function_of_their_index():
         image, label = scenes[i]
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8 and 0 <= label < Scenes.n_classes
     assert np.array_equal(scenes[41][0], later[1][0]) and not np.array_equal(scenes[0][0], scenes[1][0])
-    assert {Scenes(400)[i][1] for i in range(400)} == set(range(12)), "all classes appear"
+    assert {Scenes(400)[i][1] for i in range(400)} == set(range(16)), "all classes appear"
     with pytest.raises(IndexError, match="scene 50 of 50"):
         scenes[50]
 

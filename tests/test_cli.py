@@ -75,6 +75,22 @@ def test_recipes_parse_and_say_what_they_reach(recipe, capsys):
     assert (recipes.folder() / f"{recipe}.yaml").read_text().startswith("# ")
 
 
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_recipes_train_what_they_say(recipe, run_dir, monkeypatch):
+    """Built without memory: the networks take the recipe's crops, and its warm-ups fit into its epochs."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    own_data = recipe == "quickstart"
+    with torch.device("meta"):
+        cli = DINOCLI(args=["--config", recipe, *([] if own_data else ["--data.root", "images"])], run=False)
+        crops = cli.datamodule.multicrop
+        sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number
+        logits = cli.model.student([torch.zeros(2, 3, *size) for size in sizes])
+    options = cli.model.options
+    assert logits.shape == (2 * len(sizes), options["out_dim"])
+    epochs = cli.trainer.max_epochs
+    assert epochs > options["warmup_epochs"] and epochs > options["warmup_teacher_temp_epochs"]
+
+
 def test_unknown_recipe_is_named():
     with pytest.raises(FileNotFoundError, match="'vit_smal' and no recipe.*vit_small"):
         main(["fit", "--config", "vit_smal"])

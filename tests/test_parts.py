@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dino_lightning import DINOHead, VisionTransformer
-from dino_lightning.backbones import build, feature_dim, features_at
+from dino_lightning.backbones import build, feature_dim, features_at, redrawn
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
 
@@ -189,3 +189,18 @@ def test_knn_equals_the_reference(golden, k):
     assert 100 * top1 == pytest.approx(g.item(f"top1.k{k}"), rel=1e-6)
     if k == 100:
         assert 100 * top5 == pytest.approx(g.item("top5.k100"), rel=1e-6)
+
+
+def test_redrawn_is_the_network_before_training(caplog):
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    for parameter in vit.parameters():
+        nn.init.constant_(parameter, 7.0)
+    state = torch.get_rng_state()
+    fresh = redrawn(vit)
+    assert torch.equal(torch.get_rng_state(), state) and not fresh.training
+    assert not any((parameter == 7).any() for parameter in fresh.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), redrawn(vit).parameters()))
+    assert fresh.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not caplog.records
+    redrawn(nn.ModuleDict({"layer": nn.Linear(2, 2), "attention": nn.MultiheadAttention(4, 2)}))
+    assert "attention.in_proj_weight" in caplog.text and "layer.weight" not in caplog.text

@@ -8,13 +8,19 @@ import torch
 from conftest import write_images
 from lightning.pytorch import Trainer
 from PIL import Image
+from torch.nn import functional as F
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
+from dino_lightning.backbones import redrawn
 from dino_lightning.callbacks import AttentionMaps, SceneReport
 from dino_lightning.cli import main
-from dino_lightning.datasets import Scenes
-from dino_lightning.multicrop import whole_view
+from dino_lightning.datasets import Scenes, read_image
+from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.evaluation.attention import best_head_iou
+from dino_lightning.multicrop import center_view, whole_view
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
+from dino_lightning.tools.attention import attention
 
 
 def data(**options):
@@ -83,12 +89,41 @@ def test_attention_is_drawn_before_during_and_after_training(tmp_path, image_fol
     assert (first[50:200, :150] == last[50:200, :150]).all(), "of the same images"
 
 
+def test_a_resumed_run_does_not_draw_the_beginning_again(tmp_path, image_folder):
+    first = trainer(tmp_path / "run", max_epochs=1, logger=False)
+    first.fit(module(), data(root=image_folder))
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    again = trainer(tmp_path / "again", AttentionMaps(), max_epochs=2, logger=False)
+    again.fit(module(), data(root=image_folder), ckpt_path=tmp_path / "one.ckpt")
+    assert [path.name for path in (tmp_path / "again/pictures").iterdir()] == ["attention_0000012.png"]
+
+
+def test_examples_are_evenly_spaced_queries_or_training_images(tmp_path, image_folder):
+    unlabelled = data(root=image_folder)
+    unlabelled.setup("fit")
+    views = unlabelled.examples(4)
+    assert views.shape == (4, 3, 32, 32) and views.dtype == torch.uint8
+    files = sorted(image_folder.iterdir())
+    assert torch.equal(views[1], center_view(read_image(files[6]), (32, 32)))
+    assert len(unlabelled.examples(100)) == 24
+    for split, first in (("train", 0), ("val", 50)):
+        write_images(tmp_path / "labelled" / split / "a", 8, first=first)
+        write_images(tmp_path / "labelled" / split / "b", 8, first=first + 20)
+    labelled = data(root=tmp_path / "labelled")
+    labelled.setup("fit")
+    expected = center_view(read_image(tmp_path / "labelled/val/a/0050.jpg"), (32, 32))
+    assert torch.equal(labelled.examples(2)[0], expected)
+
+
 def test_attention_maps_leave_other_runs_alone(tmp_path, image_folder, caplog):
+    caplog.set_level("INFO")
     run = trainer(tmp_path / "cnn", AttentionMaps(), max_epochs=1, logger=False)
     run.fit(module(backbone=torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())), data(root=image_folder))
     batches = torch.utils.data.DataLoader([[torch.rand(3, 32, 32)] * 2] * 8, batch_size=4)
     trainer(tmp_path / "loader", AttentionMaps(), max_epochs=1, logger=False).fit(module(), batches)
     assert not list(tmp_path.rglob("pictures"))
+    for reason in ("the backbone is no ViT", "the data do not come from a MultiCropDataModule"):
+        assert f"no pictures of attention: {reason}" in caplog.text
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         AttentionMaps(every_n_epochs=0)
 
@@ -101,46 +136,103 @@ def checkpoint(tmp_path, image_folder):
     return tmp_path / "module.ckpt"
 
 
-def test_attention_command(tmp_path, checkpoint, capsys, monkeypatch):
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """photos/a/0000.jpg, photos/b/0000.jpg of 50 × 90 pixels, masks/ to match."""
     monkeypatch.chdir(tmp_path)
-    write_images(tmp_path / "more", 2, size=(90, 50))
-    masks = tmp_path / "masks"
-    masks.mkdir()
-    for name in ("0000", "0001"):
-        Image.fromarray(np.eye(50, 90, dtype=np.uint8) * 255).save(masks / f"{name}.png")
-    main(["attention", "more", "more/0001.jpg", "--checkpoint", str(checkpoint), "--output", "maps", "--masks", "masks"])
-    pictures = sorted(path.name for path in Path("maps").iterdir())
-    assert pictures == ["0000.png", "0001.png", "0001_2.png"]
-    assert Image.open("maps/0000.png").width > 4 * 150
+    y, x = np.mgrid[0:50, 0:90]
+    for i, name in enumerate("ab"):
+        write_images(Path("photos") / name, 1, size=(90, 50))
+        (Path("masks") / name).mkdir(parents=True)
+        Image.fromarray(((x > 40 * i) & (y < 30)).astype(np.uint8)).save(f"masks/{name}/0000.png")
+    return Path("photos")
+
+
+def test_attention_command_draws_and_measures_what_evaluation_says(photos, checkpoint, capsys):
+    main(["attention", "photos", "--checkpoint", str(checkpoint), "--output", "maps", "--masks", "masks"])
+    assert sorted(path.name for path in Path("maps").iterdir()) == ["0000_attention.png", "0000_attention_2.png"]
+    vit = DINOModule.load_from_checkpoint(checkpoint).eval().teacher.backbone
+    expected = []
+    for name in "ab":
+        image = whole_view(read_image(photos / name / "0000.jpg"), 64, 8)[None]
+        with torch.no_grad():
+            maps = vit.get_cls_attention(normalize(image, IMAGENET_MEAN, IMAGENET_STD))
+        truth = torch.from_numpy(np.asarray(Image.open(f"masks/{name}/0000.png")) > 0)
+        expected.append(best_head_iou(maps, truth[None]).item())
     said = capsys.readouterr().out
-    assert "3 pictures in maps" in said and 0 < float(said.split()[-1]) < 1
+    assert "2 pictures in maps" in said and abs(float(said.split()[-1]) - np.mean(expected)) < 1e-3
 
 
-def test_attention_command_names_what_is_wrong(tmp_path, checkpoint, image_folder, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["--checkpoint", str(checkpoint)]
-    with pytest.raises(FileNotFoundError, match="no image 'nothing.jpg'"):
-        main(["attention", "nothing.jpg", *command])
-    (tmp_path / "masks").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no mask 0000\.\* in masks"):
-        main(["attention", str(image_folder / "0000.jpg"), *command, "--masks", "masks"])
-    Image.new("L", (8, 8)).save("masks/0000.png")
-    with pytest.raises(ValueError, match=r"0000\.png marks nothing"):
-        main(["attention", str(image_folder / "0000.jpg"), *command, "--masks", "masks"])
-    assert not Path("attention").exists() or not list(Path("attention").iterdir())
+def test_attention_command_takes_its_options_to_heart(photos, checkpoint):
+    def draw(*options):
+        overlaps = attention("photos/a/0000.jpg", checkpoint=str(checkpoint), masks="masks/a", **dict(options))
+        ((path, overlap),) = overlaps.items()
+        return np.asarray(Image.open(path)), overlap
+
+    picture, overlap = draw()
+    for option in (("image_size", 32), ("mass", 0.3), ("mean", (0.1, 0.2, 0.3)), ("std", (0.7, 0.1, 0.4))):
+        other, differing = draw(option)
+        assert differing != overlap and not (other.shape == picture.shape and (other == picture).all()), option
 
 
-def test_scene_report_says_what_was_learned(tmp_path, capsys):
-    report = SceneReport(bank=40, queries=20, k=5)
-    trainer(tmp_path, report, logger=False).fit(module(), data(dataset=Scenes(16, side=32)))
+def test_attention_command_leaves_the_images_alone(photos, checkpoint, caplog):
+    (photos / "a/broken.jpg").write_bytes(b"no image")
+    before = {path: path.read_bytes() for path in photos.rglob("*.jpg")}
+    for _ in range(2):
+        drawn = attention("photos", checkpoint=str(checkpoint), output="photos")
+        assert len(drawn) == 2, "not what it drew before"
+        assert all(path.read_bytes() == content for path, content in before.items())
+    assert "broken.jpg" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["photos/c.jpg"], FileNotFoundError, "no image 'photos/c.jpg'"),
+        (["photos", "--masks", "none"], FileNotFoundError, r"no mask a/0000 \(.png, .* in none"),
+        (["photos/a/0000.jpg", "--masks", "empty"], ValueError, r"0000\.png marks nothing"),
+        (["photos/a/0000.jpg", "--masks", "turned"], ValueError, "has 90×50 pixels, but its image 50×90"),
+        (["photos/a/0000.jpg", "--masks", "colours"], ValueError, "save it with one channel"),
+        (["photos", "--mass", "60"], ValueError, "got 60.0: it is a share"),
+        (["photos", "--image_size", "0"], ValueError, "at least 1 pixel, got 0"),
+    ],
+)
+def test_attention_command_names_what_is_wrong(photos, checkpoint, options, error, message):
+    for name, mode, size in (("empty", "L", (90, 50)), ("turned", "L", (50, 90)), ("colours", "RGBA", (90, 50))):
+        Path(name).mkdir()
+        Image.new(mode, size).save(f"{name}/0000.png")
+    with pytest.raises(error, match=message):
+        main(["attention", *options, "--checkpoint", str(checkpoint)])
+    assert not Path("attention").exists()
+
+
+def test_scene_report_says_what_evaluation_says(tmp_path, capsys):
+    report, network = SceneReport(bank=40, queries=5, k=5), module()
+    trainer(tmp_path, report, logger=False).fit(network, data(dataset=Scenes(64, side=32)))
     said = capsys.readouterr().out
-    assert "Before training, on 20 new scenes" in said and "raw pixels   untrained     trained" in said
+    (bank, labels, _), (queries, truth, masks) = Scenes(40, side=32).tensors(), Scenes(5, 2 * 10**6, side=32).tensors()
+
+    def numbers(vit):
+        def seen(images, size):
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+            return normalize(images, IMAGENET_MEAN, IMAGENET_STD)
+
+        with torch.no_grad():
+            accuracy, _ = knn_accuracy(vit(seen(bank, 32)), labels, vit(seen(queries, 32)), truth, k=5)
+            return accuracy, best_head_iou(vit.get_cls_attention(seen(queries, 64)), masks).mean()
+
+    (untrained, iou_before), (trained, iou_after) = numbers(redrawn(network.teacher.backbone)), numbers(network.teacher.backbone)
+    accuracies = next(line for line in said.splitlines() if line.startswith("k-NN accuracy (k = 5)")).split()
+    assert accuracies[-2:] == [f"{untrained:.1%}", f"{trained:.1%}"]
+    overlaps = next(line for line in said.splitlines() if line.startswith("attention on object (IoU)")).split()
+    assert overlaps[-2:] == [f"{iou_before:.2f}", f"{iou_after:.2f}"] and iou_before != iou_after
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
     assert f"The checkpoint: {checkpoint}" in said
-    picture = np.asarray(Image.open(tmp_path / "pictures/before_after.png"))
-    assert picture.shape[1] > 8 * 112
+    assert Image.open(tmp_path / "pictures/before_after.png").width > 8 * 112
 
 
 def test_scene_report_refuses_other_data(tmp_path, image_folder):
     with pytest.raises(TypeError, match="SceneReport is for runs .* on NoneType; leave this callback out"):
         trainer(tmp_path, SceneReport(), logger=False).fit(module(), data(root=image_folder))
+    with pytest.raises(ValueError, match="at least 1, got 1024, 0 and 20"):
+        SceneReport(queries=0)

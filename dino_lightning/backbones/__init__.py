@@ -119,12 +119,20 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def redrawn(backbone: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of the backbone in evaluation mode with its weights drawn anew: to see what the features are worth untrained."""
+    """A copy of the backbone in evaluation mode with its weights drawn anew: to see what the features are worth untrained.
+
+    Parameters that none of its modules' ``reset_parameters`` draws stay as they are, and the log names them.
+    """
     device = next(backbone.parameters()).device
     copied = copy.deepcopy(backbone).cpu()
+    drawn = set()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         for part in reversed(list(copied.modules())):  # the whole last: it may overrule its parts
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
+                drawn.update(part.parameters(recurse=False))
+    kept = [name for name, parameter in copied.named_parameters() if parameter not in drawn]
+    if kept:
+        log.warning("not drawn anew, since nothing says how: %s", ", ".join(kept))
     return copied.to(device).eval()

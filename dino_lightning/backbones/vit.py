@@ -92,10 +92,21 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block after its softmax (B, heads, T, T); token 0 is the class token."""
+        return self._last_attention(x, n_queries=None)
+
+    def get_cls_attention(self, x: Tensor) -> Tensor:
+        """Attention of the class token to the patches in the last block (B, heads, h, w), without what it pays to itself.
+
+        Its memory grows with the number of patches, not with its square.
+        """
+        rows = self._last_attention(x, n_queries=1)[:, :, 0, 1:]
+        return rows.unflatten(-1, _grid(*x.shape[-2:], self.patch_size))
+
+    def _last_attention(self, x: Tensor, n_queries: int | None) -> Tensor:
         x = self._tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        return self.blocks[-1].attention(x)
+        return self.blocks[-1].attention(x, n_queries)
 
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, 1 + h·w, D) with positions added."""
@@ -139,9 +150,9 @@ class _Block(nn.Module):
         x = x + self._drop(self.attn(self.norm1(x)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """(B, T, D) → this block's attention (B, heads, T, T)."""
-        return self.attn.attention(self.norm1(x))
+    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
+        """(B, T, D) → this block's attention of the first ``n_queries`` tokens, or of all (B, heads, n_queries, T)."""
+        return self.attn.attention(self.norm1(x), n_queries)
 
     def _drop(self, branch: Tensor) -> Tensor:
         """Stochastic depth (Huang et al. 2016): drops the branch of whole samples, and scales the others to keep the mean."""
@@ -167,10 +178,10 @@ class _Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, heads, T, T)."""
+    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
+        """(B, T, D) → (B, heads, n_queries, T)."""
         q, k, _ = self._heads(x)
-        return _softmax_scores(q, k)
+        return _softmax_scores(q[:, :, :n_queries], k)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, heads, T, D / heads)."""

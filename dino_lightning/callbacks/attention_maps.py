@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.datamodule import MultiCropDataModule
-from dino_lightning.evaluation.attention import cls_attention, mass_mask
+from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.painting import normalize
 from dino_lightning.pictures import attention_sheet
 
@@ -32,16 +32,17 @@ class AttentionMaps(Callback):
         self._images: torch.Tensor | None = None
         self._drawn = -1  # the step of the newest picture
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images = None
+        backbone, data = pl_module.teacher.backbone, trainer.datamodule
         if trainer.fast_dev_run:
             return
-        if not isinstance(pl_module.teacher.backbone, VisionTransformer):
+        if not isinstance(backbone, VisionTransformer):
             rank_zero_info("no pictures of attention: the backbone is no ViT of this package")
-        elif not isinstance(trainer.datamodule, MultiCropDataModule):
+        elif not isinstance(data, MultiCropDataModule):
             rank_zero_info("no pictures of attention: the data do not come from a MultiCropDataModule")
-        elif trainer.is_global_zero:
-            self._images = trainer.datamodule.examples(self.count)
+        elif trainer.is_global_zero and not any(side % backbone.patch_size for side in data.multicrop.global_crops_size):
+            self._images = data.examples(self.count)
         if trainer.global_step == 0:
             self._draw(trainer, pl_module)
 
@@ -57,11 +58,11 @@ class AttentionMaps(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(run_folder(trainer)) / "pictures"
         step = self._drawn = trainer.global_step
-        if self._images is None:
+        if self._images is None or not len(self._images):
             return
         data = trainer.datamodule
         images = normalize(self._images.to(pl_module.device), data.mean, data.std)
-        maps = cls_attention(pl_module.teacher.backbone, images).cpu()
+        maps = pl_module.teacher.backbone.get_cls_attention(images).cpu()
         title = f"step {step}; below the maps: the patches that hold {self.mass:.0%} of a head's attention"
         folder.mkdir(parents=True, exist_ok=True)
         picture = attention_sheet(self._images, maps, mass_mask(maps, self.mass), [""] * len(maps), title)

@@ -13,12 +13,12 @@ from dino_lightning.backbones import VisionTransformer, redrawn
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.datasets import Scenes
 from dino_lightning.evaluation import knn_accuracy
-from dino_lightning.evaluation.attention import cls_attention, mask_iou, mass_mask
+from dino_lightning.evaluation.attention import mask_iou, mass_mask
 from dino_lightning.evaluation.features import raw_pixels
 from dino_lightning.painting import normalize
 from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
 
-_QUERIES_FIRST = 10**6  # far from any training scene
+_QUERIES_FIRST = 2 * 10**6  # far from any training scene
 _SHOWN = 6
 
 
@@ -49,23 +49,26 @@ class SceneReport(Callback):
     """
 
     def __init__(self, bank: int = 1024, queries: int = 512, k: int = 20) -> None:
+        if min(bank, queries, k) < 1:
+            raise ValueError(f"bank, queries and k must be at least 1, got {bank}, {queries} and {k}")
         self.bank, self.queries, self.k = bank, queries, k
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scenes = getattr(trainer.datamodule, "dataset", None)
-        if not isinstance(scenes, Scenes) or not isinstance(pl_module.teacher.backbone, VisionTransformer):
+        backbone = pl_module.teacher.backbone
+        if not isinstance(scenes, Scenes) or not isinstance(backbone, VisionTransformer) or trainer.datamodule.in_chans != 3:
             raise TypeError(
-                "SceneReport is for runs of a VisionTransformer on dino_lightning.datasets.scenes.Scenes, got "
-                f"{type(pl_module.teacher.backbone).__name__} on {type(scenes).__name__}; leave this callback out"
+                "SceneReport is for runs of a VisionTransformer on dino_lightning.datasets.Scenes in colour, got "
+                f"{type(backbone).__name__} on {type(scenes).__name__}; leave this callback out"
             )
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self._bank = Scenes(min(self.bank, len(scenes)), scenes.first, scenes.side).tensors()
         self._queries = Scenes(self.queries, _QUERIES_FIRST, scenes.side).tensors()
         self._data = trainer.datamodule
         (bank, labels, _), (queries, truth, _) = self._bank, self._queries
         self._raw = knn_accuracy(*[raw_pixels(bank / 255), labels, raw_pixels(queries / 255), truth], k=self.k)[0]
-        self._before = self._look(redrawn(pl_module.teacher.backbone))
+        self._before = self._look(redrawn(backbone))
         print(
             f"Before training, on {len(queries)} new scenes of {Scenes.n_classes} classes (chance: {1 / Scenes.n_classes:.0%}): "
             f"k-NN finds the class of {self._raw:.0%} from raw pixels, of {self._before.knn:.0%} from an untrained network, "
@@ -74,7 +77,7 @@ class SceneReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(run_folder(trainer))
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         after = self._look(pl_module.teacher.backbone)
         path = folder / "pictures" / "before_after.png"
@@ -85,15 +88,15 @@ class SceneReport(Callback):
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))
         print(
             f"""
-                              raw pixels   untrained     trained
-k-NN accuracy (k = {self.k})        {self._raw:10.1%}  {self._before.knn:10.1%}  {after.knn:10.1%}
-attention on the object (IoU)          -  {before_iou:10.2f}  {after_iou:10.2f}
+{'':28}  raw pixels   untrained     trained
+{f'k-NN accuracy (k = {self.k})':28}{self._raw:12.1%}{self._before.knn:12.1%}{after.knn:12.1%}
+{'attention on object (IoU)':28}{'-':>12}{before_iou:12.2f}{after_iou:12.2f}
 
-Learned without a label. See it: {path}
+No label was used in training. See what it looks at: {path}
 The checkpoint: {checkpoint}
 Try next, on your own images:
   dino-lightning fit --config cpu --data.root FOLDER
-  dino-lightning attention IMAGE.jpg --checkpoint {checkpoint}"""
+  dino-lightning attention FOLDER/IMAGE.jpg --checkpoint RUN/checkpoints/last.ckpt"""
         )
 
     @torch.no_grad()
@@ -109,7 +112,7 @@ Try next, on your own images:
         accuracy, _ = knn_accuracy(features[0], labels, features[1], truth, k=self.k)
         # At twice the size, as in the paper's figures: the outlines are finer.
         large = F.interpolate(queries, scale_factor=2, mode="bicubic", antialias=True)
-        attention = torch.cat([cls_attention(backbone, chunk).cpu() for chunk in chunks(large)])
+        attention = torch.cat([backbone.get_cls_attention(chunk).cpu() for chunk in chunks(large)])
         marked = mass_mask(attention)
         return _Sight(accuracy, attention, marked, mask_iou(marked, masks))
 
@@ -117,7 +120,7 @@ Try next, on your own images:
         """For the first query scenes: the object, and what the best head marks before and after; all heads after."""
         images, _, masks = self._queries
         rows = []
-        for i in range(_SHOWN):
+        for i in range(min(_SHOWN, len(images))):
             image, cells = images[i], [rgb(images[i]), cut_out(images[i], masks[i])]
             for sight in (self._before, after):
                 attention, mask = sight.best(i)
@@ -127,9 +130,9 @@ Try next, on your own images:
         return sheet(
             rows,
             [
-                *("scene", "its object\n(never told)", "untrained:\nbest head", "60 % of its\nattention"),
-                *("trained:\nbest head", "60 % of its\nattention", *(f"trained:\nhead {head + 1}" for head in heads)),
+                *("scene", "its object\n(never told)", "untrained:\nbest head*", "60 % of its\nattention"),
+                *("trained:\nbest head*", "60 % of its\nattention", *(f"trained:\nhead {head + 1}" for head in heads)),
             ],
             cell=(112, 112),
-            title="What the class token looks at in scenes that training has not seen",
+            title="What the class token looks at in scenes that training has not seen (* of all heads, the one nearest to the object)",
         )

@@ -9,15 +9,16 @@ from torch.utils.data import Dataset
 
 from dino_lightning.randomness import generator
 
-_HUES = 12
+_HUES = 16
 
 
 class Scenes(Dataset):
     """Scene i is (image uint8 (side, side, 3), class); ``mask(i)`` is where its object is.
 
-    The object is a striped or chequered blob at a random place; its class is which of twelve hues it has. What surrounds it
-    says nothing about the class: rectangles in weak colours of their own, under a light of the scene's own. So neither pixels
-    nor an untrained network tell the classes well, while a network that looks at the object does.
+    The object is a striped or chequered blob at a random place; its class is which of sixteen hues it has. What surrounds it
+    says nothing about the class: rectangles in weak colours of their own, under a light of the scene's own, bright or dim.
+    So neither small images compared pixel by pixel nor an untrained network tell the classes well. (Statistics of the
+    strongest colours would; the point is that DINO finds out by itself what to look at.)
 
     Args:
         count: number of scenes.
@@ -28,6 +29,8 @@ class Scenes(Dataset):
     n_classes = _HUES
 
     def __init__(self, count: int, first: int = 0, side: int = 64) -> None:
+        if count < 1 or first < 0 or side < 16:
+            raise ValueError(f"count ≥ 1, first ≥ 0 and side ≥ 16 are needed, got {count}, {first} and {side}")
         self.count, self.first, self.side = count, first, side
 
     def __len__(self) -> int:
@@ -54,7 +57,7 @@ class Scenes(Dataset):
         mask = _blob(self.side, random)
         clutter = _clutter(self.side, random)
         image = np.where(mask[..., None], _surface(self.side, label / _HUES, random), clutter)
-        light = random.uniform(0.55, 1.25)
+        light = random.uniform(0.4, 1.25)
         noise = random.normal(0, 8, image.shape)
         return (image * light + noise).clip(0, 255).astype(np.uint8), mask, label
 
@@ -67,7 +70,7 @@ def _blob(side: int, random: np.random.Generator) -> np.ndarray:
     """A wobbly disc of 16 to 32 % of the area, wholly inside: bool (side, side)."""
     y, x = np.mgrid[0:side, 0:side]
     radius = side * np.sqrt(random.uniform(0.16, 0.32) / np.pi)
-    row, column = random.uniform(radius, side - radius, 2)
+    row, column = random.uniform(1.3 * radius, side - 1.3 * radius, 2)
     angle = np.arctan2(y - row, x - column)
     wobble = sum(random.uniform(-0.1, 0.1) * np.sin(k * angle + random.uniform(0, 2 * np.pi)) for k in (2, 3, 4))
     return np.hypot(y - row, x - column) < radius * (1 + wobble)

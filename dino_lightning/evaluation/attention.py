@@ -1,20 +1,8 @@
-"""What the class token looks at: attention maps of the last block, masks of where its mass lies, overlap with true masks."""
+"""What attention maps mark: masks of where their mass lies, and their overlap with true masks."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from dino_lightning.backbones import VisionTransformer
-
-
-@torch.no_grad()
-def cls_attention(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """Attention of the class token to the patches in the last block, (B, C, H, W) → (B, heads, h, w).
-
-    Images may have any size that the patch size divides. What the class token pays to itself is left out.
-    """
-    rows = vit.get_last_selfattention(images)[:, :, 0, 1:]  # (B, heads, h·w)
-    return rows.unflatten(-1, (images.shape[-2] // vit.patch_size, images.shape[-1] // vit.patch_size))
 
 
 def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
@@ -24,7 +12,7 @@ def mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
     flat = attention.flatten(-2)
     values, order = (flat / flat.sum(dim=-1, keepdim=True)).sort(dim=-1, descending=True)
     before = values.cumsum(dim=-1) - values  # what the stronger patches hold already
-    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, before < mass).unflatten(-1, attention.shape[-2:])
+    return torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, order, before < mass * (1 - 1e-6)).unflatten(-1, attention.shape[-2:])
 
 
 def mask_iou(masks: Tensor, truth: Tensor) -> Tensor:

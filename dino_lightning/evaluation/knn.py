@@ -24,7 +24,7 @@ def knn_accuracy(
     """Share of the queries whose label the votes of their k nearest bank features get right.
 
     Features are L2-normalised here; a neighbour votes for its label with weight exp(cosine / temperature). The queries are
-    taken in chunks, so that the memory beside the bank stays below a few hundred MB whatever its size.
+    taken in chunks: beside a normalised copy of the bank in float32, a few hundred MB of memory are enough whatever its size.
 
     Args:
         bank: (N, D) features that vote, on any device.

@@ -1,5 +1,7 @@
 """``dino-lightning attention``: pictures of what the heads of a checkpoint look at."""
 
+import glob
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.datasets import ImageFolder, read_image
-from dino_lightning.evaluation.attention import best_head_iou, cls_attention, mass_mask
-from dino_lightning.multicrop import whole_view
+from dino_lightning.datasets import ImageFolder, UnreadableImage, read_image
+from dino_lightning.evaluation.attention import best_head_iou, mass_mask
+from dino_lightning.multicrop import trim, whole_view
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 from dino_lightning.pictures import attention_sheet
 from dino_lightning.tools.checkpoint import load_module, training_size
 
+log = logging.getLogger(__name__)
 
+_MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: JPEG's ringing marks what is no object
+
+
+@torch.no_grad()
 def attention(
     *images: str,
     checkpoint: str,
@@ -30,73 +37,92 @@ def attention(
     """Draws what each head of the last block looks at: heat maps over the image, and the patches that hold most of it.
 
     Args:
-        images: image files, and folders of them.
+        images: image files, and folders of them. An unreadable one is named in the log and left out.
         checkpoint: a checkpoint of dino-lightning fit, with a ViT of this package.
-        output: folder of the pictures, one for each image.
+        output: folder of the pictures, NAME_attention.png for each image.
         image_size: pixels of the images' shorter side; by default twice that of the training's global crops, as in the
             paper's figures. The finer the patches, the sharper the maps.
         mass: share of a head's attention that its mask holds.
-        masks: folder with a mask for each image, of the same name, not 0 where the object is: also gives the overlap of the
-            best head's mask with it (intersection over union, figure 4 of the paper).
+        masks: folder with a mask for each image, of the same name (below it as the image below its folder), size and a
+            lossless format with one channel, not 0 where the object is: also gives the overlap of the best head's mask with
+            it (intersection over union, figure 4 of the paper).
         mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
         std: per channel, likewise.
 
     Returns:
         For each picture the best head's overlap, None without masks.
     """
-    files = [file for image in images for file in _files(image)]
-    truths = [_mask_of(file, masks) if masks else None for file in files]
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass must lie in (0, 1], got {mass}: it is a share, such as 0.6")
+    files = [file for image in images for file in _files(image, Path(output))]  # (path, name)
+    truths = [_find_mask(Path(masks), name) for _, name in files] if masks else [None] * len(files)
     module = load_module(checkpoint)
     backbone, in_chans = module.teacher.backbone, module.options["in_chans"]
     if not isinstance(backbone, VisionTransformer):
         raise TypeError(f"attention needs a ViT of this package, but {checkpoint} holds a {type(backbone).__name__}")
     mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
     std = channel_numbers("std", std, IMAGENET_STD, in_chans)
-    size = image_size or 2 * training_size(module)
-    Path(output).mkdir(parents=True, exist_ok=True)
+    size = 2 * min(training_size(module)) if image_size is None else image_size
     overlaps: dict[str, float | None] = {}
-    for file, truth in zip(tqdm(files, desc="attention"), truths):
-        image = whole_view(read_image(file, in_chans), size, backbone.patch_size)
-        maps = cls_attention(backbone, normalize(image[None].to(module.device), mean, std)).cpu()
-        overlap = None if truth is None else best_head_iou(maps, _read_mask(truth)[None], mass).item()
-        caption = file.name if overlap is None else f"{file.name}\nIoU {overlap:.2f}"
+    for (file, name), truth in zip(tqdm(files, desc="attention"), truths):
+        try:
+            pixels = read_image(file, in_chans)
+        except UnreadableImage as error:
+            log.warning("left out: %s", error)
+            continue
+        overlap, caption = None, name
+        image = whole_view(pixels, size, backbone.patch_size)
+        maps = backbone.get_cls_attention(normalize(image[None].to(module.device), mean, std)).cpu()
+        if truth is not None:
+            overlap = best_head_iou(maps, _read_mask(truth, pixels.shape[:2])[None], mass).item()
+            caption = f"{name}\nIoU {overlap:.2f}"
         title = f"{image.shape[1]}×{image.shape[2]} pixels; below: the patches that hold {mass:.0%} of a head's attention"
-        picture = attention_sheet(image[None], maps, mass_mask(maps, mass), [caption], title)
-        picture.save(path := _free(Path(output), file.stem, overlaps))
+        path = _free(Path(output), Path(name).stem, overlaps)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        attention_sheet(image[None], maps, mass_mask(maps, mass), [caption], title).save(path)
         overlaps[str(path)] = overlap
     print(f"{len(overlaps)} pictures in {output}")
-    if masks:
+    if masks and overlaps:
         print(f"overlap (IoU) of the best head's mask with the true one: {np.mean(list(overlaps.values())):.3f}")
     return overlaps
 
 
-def _files(image: str) -> list[Path]:
+def _files(image: str, output: Path) -> list[tuple[Path, str]]:
+    """(path, name) of an image, or of all in a folder but those that this command wrote: names are relative to the folder."""
     if Path(image).is_dir():
         folder = ImageFolder(image)
-        return [Path(folder.path(i)) for i in range(len(folder))]
+        paths = [Path(folder.path(i)) for i in range(len(folder))]
+        drawn = set(output.resolve().glob("*_attention*.png"))
+        return [(path, str(path.relative_to(folder.root))) for path in paths if path.resolve() not in drawn]
     if not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image!r}")
-    return [Path(image)]
+    return [(Path(image), Path(image).name)]
 
 
-def _mask_of(image: Path, masks: str) -> Path:
-    found = sorted(Path(masks).glob(f"{image.stem}.*"))
+def _find_mask(masks: Path, name: str) -> Path:
+    stem = str(Path(name).with_suffix(""))
+    found = sorted(p for p in masks.glob(f"{glob.escape(stem)}.*") if p.suffix.lower() in _MASK_EXTENSIONS)
     if not found:
-        raise FileNotFoundError(f"there is no mask {image.stem}.* in {masks} for {image}")
+        raise FileNotFoundError(f"there is no mask {stem} ({', '.join(_MASK_EXTENSIONS)}) in {masks}")
     return found[0]
 
 
-def _read_mask(path: Path) -> Tensor:
-    """bool (H, W)."""
-    image = Image.open(path)
-    levels = np.asarray(image)
-    mask = levels > 0 if levels.ndim == 2 else np.asarray(image.convert("RGB")).any(axis=-1)
-    if not mask.any():
+def _read_mask(path: Path, size: tuple[int, int]) -> Tensor:
+    """bool (H, W), of the part of the image that ``whole_view`` shows."""
+    levels = np.asarray(Image.open(path))
+    if levels.ndim != 2:
+        raise ValueError(f"the mask {path} has colours or transparency; save it with one channel, 0 where no object is")
+    if levels.shape != size:
+        raise ValueError(f"the mask {path} has {levels.shape[0]}×{levels.shape[1]} pixels, but its image {size[0]}×{size[1]}")
+    if not levels.any():
         raise ValueError(f"the mask {path} marks nothing")
-    return torch.from_numpy(mask)
+    return trim(torch.from_numpy(levels > 0))
 
 
 def _free(folder: Path, stem: str, taken: dict[str, float | None]) -> Path:
     """Images of the same name from several folders get numbers."""
-    names = (f"{stem}.png" if n == 1 else f"{stem}_{n}.png" for n in range(1, len(taken) + 2))
-    return next(folder / name for name in names if str(folder / name) not in taken)
+    numbers = ("" if n == 1 else f"_{n}" for n in range(1, len(taken) + 2))
+    paths = (folder / f"{stem}_attention{number}.png" for number in numbers)
+    return next(path for path in paths if str(path) not in taken)

@@ -1,8 +1,9 @@
-"""What the tools need of a checkpoint: the module on the device, and the size it was trained at."""
+"""What the tools need of a checkpoint: the module on the device, the size it was trained at, its network untrained."""
 
 import torch
+from torch import nn
 
-from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.module import DINOModule
 
 
@@ -12,10 +13,20 @@ def load_module(checkpoint: str) -> DINOModule:
     return module.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
-def training_size(module: DINOModule) -> int:
-    """Pixels of the side of its global crops, as far as the module knows it."""
-    backbone = module.teacher.backbone
+def training_size(module: DINOModule) -> tuple[int, int]:
+    """(H, W) in pixels of its global crops, as far as the module knows it."""
+    backbone, size = module.teacher.backbone, module.options["img_size"]
     if isinstance(backbone, VisionTransformer):
-        return backbone.grid[0] * backbone.patch_size
-    size = module.options["img_size"]
-    return size if isinstance(size, int) else size[0]
+        return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def untrained(module: DINOModule) -> nn.Module:
+    """Its backbone as it was before training, with other random numbers."""
+    if module.backbone_name is None:
+        return redrawn(module.teacher.backbone)
+    shape = {name: module.options[name] for name in ("patch_size", "img_size", "in_chans")}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        backbone = build(module.backbone_name, **shape)
+    return backbone.to(module.device).eval()

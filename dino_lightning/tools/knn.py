@@ -5,11 +5,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dino_lightning.backbones import redrawn
 from dino_lightning.datasets import ImageFolder
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.features import extract_features, raw_pixels
-from dino_lightning.tools.checkpoint import load_module, training_size
+from dino_lightning.tools.checkpoint import load_module, training_size, untrained
 
 
 def knn(
@@ -53,14 +52,14 @@ def knn(
     if bank.classes is None:
         raise ValueError(f"{bank.root} has no class folders; k-NN needs labels")
     query = ImageFolder(folder, in_chans, classes=bank.classes)
-    size = image_size or training_size(module)
+    size = training_size(module) if image_size is None else (image_size, image_size)
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
         features = [
             extract_features(
                 network,
                 source,
-                size=(size, size),
+                size=size,
                 in_chans=in_chans,
                 mean=mean,
                 std=std,
@@ -76,9 +75,9 @@ def knn(
     results = {}
     if compare:
         results["raw pixels"] = accuracies("raw pixels", raw_pixels)
-        results["untrained"] = accuracies("untrained", redrawn(module.teacher.backbone))
+        results["untrained"] = accuracies("untrained", untrained(module))
     results["trained"] = accuracies("trained", module)
-    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {size} pixels; top-1 / top-5 in per cent")
+    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels; top-1 / top-5 in per cent")
     print(" " * 12 + "".join(f"{f'k = {n}':>14}" for n in k))
     for name, values in results.items():
         print(f"{name:12}" + "".join(f"{100 * top1:7.1f} /{100 * top5:5.1f}" for top1, top5 in values))
