@@ -62,12 +62,22 @@ def sheet(
         for row, cells in enumerate(rows):
             corner = (left, top + _GAP + row * (height + _GAP))
             if isinstance(cells[column], str):
-                draw.multiline_text(corner, cells[column], _INK, font)
+                draw.multiline_text(corner, _wrapped(cells[column], font, width), _INK, font)
             else:
                 enlarged = width >= cells[column].shape[1]
                 resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
                 page.paste(Image.fromarray(cells[column]).resize((width, height), resample), corner)
     return page
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:
+    """Text broken anywhere into lines of at most ``width`` pixels: file names have no spaces."""
+    lines = [""]
+    for letter in text:
+        if letter == "\n" or font.getlength(lines[-1] + letter) > width:
+            lines.append("")
+        lines[-1] += letter.strip("\n")
+    return "\n".join(lines)
 
 
 def attention_sheet(images: Tensor, attention: Tensor, masks: Tensor, captions: Sequence[str], title: str) -> Image.Image:

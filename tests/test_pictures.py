@@ -72,6 +72,13 @@ def test_sheet_has_a_cell_for_everything():
     assert (page.sum(axis=-1) < 300).any(), "and ink"
 
 
+def test_long_text_stays_in_its_cell():
+    blank = np.full((8, 8, 3), 255, dtype=np.uint8)
+    page = np.asarray(sheet([["W" * 40, blank]], ["", ""], cell=(90, 60)))
+    dark = (page < 128).any(axis=(0, 2))
+    assert dark[:66].any() and not dark[67:].any()
+
+
 def test_whole_view_keeps_the_shape_and_fits_the_patches():
     image = np.zeros((90, 161, 3), dtype=np.uint8)
     assert whole_view(image, 64, 8).shape == (3, 64, 112)

@@ -78,7 +78,7 @@ def attention(
         if truth is not None:
             overlap = best_head_iou(maps, _read_mask(truth, pixels.shape[:2])[None], mass).item()
             caption = f"{name}\nIoU {overlap:.2f}"
-        title = f"{image.shape[1]}×{image.shape[2]} pixels; below: the patches that hold {mass:.0%} of a head's attention"
+        title = f"{image.shape[1]} by {image.shape[2]} pixels; below: the patches that hold {mass:.0%} of a head's attention"
         path = _free(Path(output), Path(name).stem, overlaps)
         path.parent.mkdir(parents=True, exist_ok=True)
         attention_sheet(image[None], maps, mass_mask(maps, mass), [caption], title).save(path)
