@@ -61,6 +61,16 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         )
 
 
+def check_validation_interval(trainer: Trainer) -> None:
+    """Raises ValueError if validation, and the checkpoint after it, would come in the middle of accumulated batches."""
+    window, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
+    if trainer.enable_validation and interval < trainer.num_training_batches and interval % window:
+        raise ValueError(
+            f"validation after every {interval} batches comes in the middle of a step of accumulate_grad_batches={window}, "
+            f"where a checkpoint cannot be resumed exactly; set val_check_interval to a multiple of {window}"
+        )
+
+
 def warn_of_local_batch_norms(trainer: Trainer, student: Network) -> None:
     """Batch norms of several devices should share their statistics, as in the reference."""
     local = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in student.modules())

@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import recipes
-from dino_lightning.callbacks import AttentionMaps, FeatureWriter, OnlineKNN, ProgressBar, RunConfig
+from dino_lightning.callbacks import AttentionMaps, FeatureWriter, OnlineKNN, ProgressBar, RunConfig, StopOnSignal
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
 from dino_lightning.tools import TOOLS
@@ -27,8 +27,10 @@ class DINOCLI(LightningCLI):
     """LightningCLI for DINOModule and MultiCropDataModule.
 
     Beyond Lightning's: explicit arguments win over those in a checkpoint, ``--ckpt_path last`` finds the newest checkpoint
-    under the root folder, and the configuration is kept in the run folder.
+    under the root folder, the configuration is kept in the run folder, and a resumed run goes on in its W&B run.
     """
+
+    _wandb_id: str | None = None  # of the run whose checkpoint is resumed
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         listing = "\n".join(f"  {name:<20}{recipes.summary(name)}" for name in recipes.names())
@@ -67,21 +69,28 @@ class DINOCLI(LightningCLI):
             options.ckpt_path = _last_checkpoint(options.trainer.default_root_dir)
         if Path(options.ckpt_path).is_file():
             path = options.ckpt_path
-            known = self._parser(self.config.subcommand)
-            known.set_defaults({f"model.{name}": value for name, value in _hyper_parameters(path).items()})
+            saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            given = {name: value for name, value in saved.get("hyper_parameters", {}).items() if name[0] != "_"}
+            self._parser(self.config.subcommand).set_defaults({f"model.{name}": value for name, value in given.items()})
             self.config = parser.parse_args(args)
             self.config[self.config.subcommand].ckpt_path = path
+            self._wandb_id = saved.get("callbacks", {}).get(RunConfig.__name__, {}).get("wandb_id")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
 
     def before_instantiate_classes(self) -> None:
-        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder)."""
+        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder).
+
+        W&B goes on with the run of the checkpoint.
+        """
         options = self._get(self.config, "trainer")
         for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
             given = getattr(logger, "init_args", {})
             if options.default_root_dir and given.get("save_dir", "") in (None, "."):
                 given["save_dir"] = options.default_root_dir
+            if self._wandb_id and "Wandb" in getattr(logger, "class_path", "") and not given.get("id"):
+                given["id"] = self._wandb_id
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self._get(self.config_init, "trainer")
@@ -92,7 +101,7 @@ class DINOCLI(LightningCLI):
 
         if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        ours = [kind() for kind in (OnlineKNN, AttentionMaps) if not is_given(kind)]
+        ours = [kind() for kind in (OnlineKNN, AttentionMaps, StopOnSignal) if not is_given(kind)]
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
@@ -128,11 +137,6 @@ def _last_checkpoint(root: str | None) -> str:
         )
     rank_zero_info("--ckpt_path last: going on from %s", found[-1])
     return str(found[-1])
-
-
-def _hyper_parameters(path: str) -> dict[str, Any]:
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    return {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name[0] != "_"}
 
 
 def _run_tool(name: str, args: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import logging
 import numbers
 import os
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -233,6 +234,7 @@ class MultiCropDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            worker_init_fn=_outlive_usr1,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
@@ -241,6 +243,12 @@ class MultiCropDataModule(LightningDataModule):
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, torch.cuda.device_count())))
+
+
+def _outlive_usr1(worker: int) -> None:
+    """SLURM sends its warning to all processes of a job; it would end the workers before the step is done."""
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:

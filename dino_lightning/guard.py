@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
+
+from dino_lightning.late import LateReading
 
 
 class NonFiniteLossError(RuntimeError):
@@ -13,31 +14,19 @@ class NonFiniteLossError(RuntimeError):
 class NonFiniteGuard:
     """Watches the count of non-finite losses that comes out of the centre's all-reduce, equal on all ranks.
 
-    ``watch`` starts a copy to the host; ``check``, one step later, finds it done, so that the device never waits. Before a
-    checkpoint, ``check`` waits for the copy.
+    ``check`` comes one step after ``watch``, so that the device never waits; before a checkpoint it comes at once, and does.
     """
 
     def __init__(self) -> None:
-        self._count: Tensor | None = None
-        self._copied: torch.cuda.Event | None = None
-        self._report: Callable[[], str] | None = None
+        self._watched: tuple[LateReading, Callable[[], str]] | None = None
 
     def watch(self, count: Tensor, report: Callable[[], str]) -> None:
         """Remembers the ``count`` (scalar, on the device) of a step, and what says so if it is not zero."""
-        self._report = report
-        if count.is_cuda:
-            self._count = torch.empty((), dtype=count.dtype, pin_memory=True)
-            self._count.copy_(count, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
-        else:
-            self._count = count
+        self._watched = LateReading(count), report
 
     def check(self) -> Callable[[], str] | None:
         """The report of the watched step if its loss was not finite, else None. Each step is checked once."""
-        if self._count is None:
+        if self._watched is None:
             return None
-        if self._copied is not None:
-            self._copied.synchronize()
-        count, self._count, self._copied = self._count, None, None
-        return self._report if count.item() else None
+        (count, report), self._watched = self._watched, None
+        return report if count.read() else None

@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from dino_lightning.backbones import build, example_images, feature_dim, freeze_unused
-from dino_lightning.checks import check_options, check_trainer, check_views, warn_of_local_batch_norms
+from dino_lightning.checks import (
+    check_options,
+    check_trainer,
+    check_validation_interval,
+    check_views,
+    warn_of_local_batch_norms,
+)
+from dino_lightning.checkpoint_io import AtomicCheckpointIO
 from dino_lightning.guard import NonFiniteGuard, NonFiniteLossError
 from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
@@ -219,11 +227,14 @@ class DINOModule(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
+            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
+                self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
             # The teacher is meant to be in evaluation mode.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_train_start(self) -> None:
         check_length(self.trainer, self.options)
+        check_validation_interval(self.trainer)
         warn_of_local_batch_norms(self.trainer, self.student)
         # Whatever mode they came in: a student in evaluation mode would have no drop path, a loss in it no centre.
         self.student.train()

@@ -260,6 +260,34 @@ def test_wandb_records_keys_and_config_offline(run_dir, monkeypatch):
     assert sum((path.parent / "checkpoints/last.ckpt").exists() for path in configs) == 2, "in the run folders"
 
 
+def test_wandb_run_goes_on_after_an_interruption(run_dir, monkeypatch):
+    """Killed in the second epoch behind the checkpoint of the first: the steps since then are trained, but not recorded, again."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    script = """
+import os, signal, sys
+from dino_lightning.callbacks import RunConfig
+from dino_lightning.cli import main
+def kill(self, trainer, *_):
+    if trainer.global_step == 9 and "last" not in sys.argv:
+        trainer.loggers[0].experiment.finish()  # what W&B's own process does when it loses ours
+        os.kill(os.getpid(), signal.SIGKILL)
+RunConfig.on_train_batch_start = kill
+main(["fit", "--config", "small.yaml", "--data.root", "images", "--config", "wandb", "--trainer.default_root_dir", "runs",
+      "--trainer.max_epochs", "3", *sys.argv[1:]])
+"""
+    # W&B's service of an earlier test lives in another folder.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
+    for arguments, code in (([], -9), (["--ckpt_path", "last"], 0)):
+        command = [sys.executable, "-c", script, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**environment, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == code, done.stderr
+    recorded = {path: read_wandb(path)[0] for path in sorted(Path("runs").rglob("run-*.wandb"))}
+    assert len(recorded) == 2 and len({path.name for path in recorded}) == 1, "one run, in two sittings"
+    steps = [[row["trainer/global_step"] for row in history if "train/loss" in row] for history in recorded.values()]
+    assert sorted(sum(steps, [])) == list(range(18)) and min(map(len, steps)) >= 9
+    assert len(list(Path("runs").glob("*/*/checkpoints/last.ckpt"))) == 1, "in one run folder"
+
+
 def read_wandb(path):
     """(history rows, config) of an offline run."""
     from wandb.proto.wandb_internal_pb2 import Record

@@ -5,15 +5,22 @@ import os
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the run folder, also with W&B and over that of an earlier run, and tells the loggers."""
+    """Writes ``config.yaml`` into the run folder, also with W&B and over that of an earlier run, and tells the loggers.
+
+    Its part of a checkpoint is the id of the W&B run, with which a resumed run goes on.
+    """
+
+    _wandb_id: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or stage != "fit":
             return
         folder = run_folder(trainer)
+        self._wandb_id = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
         if trainer.is_global_zero:
             os.makedirs(folder, exist_ok=True)
             self.parser.save(
@@ -23,6 +30,9 @@ class RunConfig(SaveConfigCallback):
             for logger in trainer.loggers:
                 logger.log_hyperparams(config)
         self.already_saved = True
+
+    def state_dict(self) -> dict[str, str | None]:
+        return {"wandb_id": self._wandb_id}
 
 
 def run_folder(trainer: Trainer) -> str:

@@ -1,0 +1,22 @@
+"""Numbers that the device makes and the host reads later, so that neither waits for the other."""
+
+import torch
+from torch import Tensor
+
+
+class LateReading:
+    """A scalar on the device on its way to the host. Read a step later, the copy is long done."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._copied = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> float:
+        """The number; waits if the device is not there yet."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value.item()
