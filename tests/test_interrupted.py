@@ -39,9 +39,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(root, *options, launcher=(sys.executable, "-m", "dino_lightning"), config="small.yaml"):
+def start(root, *options, launcher=(sys.executable, "-m", "dino_lightning"), config="small.yaml", **variables):
     command = [*launcher, "fit", "--config", config, "--trainer.default_root_dir", root, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
@@ -83,6 +83,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(folder):
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
+    """Begun by torchrun, gone on with under SLURM, compared with a run that Lightning starts by itself."""
     two = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp"]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", "-m", "dino_lightning")
     stopped = start("stopped", *two, launcher=torchrun)
@@ -91,9 +92,14 @@ def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
     os.kill(int(children[1]), signal.SIGUSR1)
     said = finish(stopped, code=1)  # torchrun's own; it ends the slower rank when the faster one has left
     assert said.count("SIGUSR1: saving") == 1 and "exitcode  : 138" in said, said
-    whole = start("whole", *two)
-    finish(start("stopped", *two, "--ckpt_path", "last", launcher=torchrun))
-    finish(whole)
+    slurm = {
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "dino", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    resumed = [start("stopped", *two, "--ckpt_path", "last", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
+    for rank, process in enumerate(resumed):
+        assert f"GLOBAL_RANK: {rank}, MEMBER: {rank + 1}/2" in finish(process)
+    finish(start("whole", *two))
     assert_same_end("stopped", "whole")
 
 

@@ -27,3 +27,12 @@ def test_resumed_after_any_step(whole_run, step, num_workers):
     assert resumed["losses"] == whole["losses"][step:]
     for key, value in whole["state"].items():
         assert torch.equal(resumed["state"][key], value), key
+
+
+def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split / "a", 12)
+        write_images(tmp_path / "images" / split / "b", 4, first=20)
+    with pytest.raises(ValueError, match="validation after every 3 batches .* set val_check_interval to a multiple of 2"):
+        train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=3)
+    train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=4)

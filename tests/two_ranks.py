@@ -52,9 +52,12 @@ def train(folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_w
 
 if __name__ == "__main__":
     scenario, folder = sys.argv[1], Path(sys.argv[2])
+    accumulated = scenario == "accumulate"
     result = train(
         folder,
-        batch_size=2,
+        batch_size=1 if accumulated else 2,
+        accumulate_grad_batches=2 if accumulated else 1,
+        limit_train_batches=8 if accumulated else None,
         callbacks=[PoisonLastRank()] if scenario == "nan" else [],
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo"),
