@@ -199,14 +199,29 @@ def test_same_keys_in_the_log(tmp_path):
 
 
 def test_bf16_mixed_trains_close_to_float32():
-    results = {}
+    """Fifty steps: every loss within 5 %, and the weights end within a tenth of the way they went (measured: 2.5 %, 0.061)."""
+
+    class Losses(Callback):
+        def __init__(self):
+            self.values = []
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            self.values.append(outputs["loss"].item())
+
+    losses, ends = {}, {}
     for precision in ("32-true", "bf16-mixed"):
         torch.manual_seed(0)
-        module = build_module(lr=0.05)
-        trainer = fit(module, precision=precision, max_epochs=5)
-        results[precision] = trainer.callback_metrics["train/loss"].item()
+        module, watch = build_module(lr=0.02), Losses()
+        start = nn.utils.parameters_to_vector(module.student.parameters()).detach().clone()
+        fit(module, precision=precision, max_epochs=25, callbacks=[watch])
         assert all(p.dtype == torch.float32 for p in module.parameters()) and module.loss.center.dtype == torch.float32
-    assert results["bf16-mixed"] == pytest.approx(results["32-true"], rel=0.02)
+        losses[precision] = torch.tensor(watch.values)
+        ends[precision] = nn.utils.parameters_to_vector(module.student.parameters()).detach()
+    assert len(watch.values) == 50
+    off = (losses["bf16-mixed"] / losses["32-true"] - 1).abs().max()
+    way = (ends["32-true"] - start).norm()
+    apart = (ends["bf16-mixed"] - ends["32-true"]).norm() / way
+    assert 0 < off < 0.05 and 0 < apart < 0.1
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
