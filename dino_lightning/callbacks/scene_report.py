@@ -67,7 +67,7 @@ class SceneReport(Callback):
         self._queries = Scenes(self.queries, _QUERIES_FIRST, scenes.side).tensors()
         self._data = trainer.datamodule
         (bank, labels, _), (queries, truth, _) = self._bank, self._queries
-        self._raw = knn_accuracy(*[raw_pixels(bank / 255), labels, raw_pixels(queries / 255), truth], k=self.k)[0]
+        self._raw, _ = knn_accuracy(raw_pixels(bank / 255), labels, raw_pixels(queries / 255), truth, k=self.k)
         self._before = self._look(redrawn(backbone))
         print(
             f"Before training, on {len(queries)} new scenes of {Scenes.n_classes} classes (chance: {1 / Scenes.n_classes:.0%}): "
