@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there, whenever the process or the machine goes down."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, makes sure it is on the disk, and then renames it over the old one.
 
-    Until the rename the earlier checkpoint of that name is untouched. Lightning's own writes through the system's temporary
-    folder, whose move to another disk is a copy, and does not wait for the disk. Paths with a protocol (s3://...) are left
-    to Lightning.
+    Until the rename the earlier checkpoint of that name is untouched; a write that fails leaves nothing behind, a process killed
+    while writing a hidden ``.NAME.*.partial``. Lightning's own writes through the system's temporary folder, whose move to
+    another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
@@ -22,13 +23,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")  # of one name: a process killed while writing leaves at most one
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        # A name of its own, in case a process that should be gone still writes.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
+            try:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o666 & ~_umask())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
         _sync_folder(path.parent)
+
+
+def _umask() -> int:
+    """Temporary files are readable by their owner alone; checkpoints as other files are."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -63,11 +63,15 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
 
 def check_validation_interval(trainer: Trainer) -> None:
     """Raises ValueError if validation, and the checkpoint after it, would come in the middle of accumulated batches."""
-    window, interval = trainer.accumulate_grad_batches, trainer.val_check_batch
-    if trainer.enable_validation and interval < trainer.num_training_batches and interval % window:
+    window, interval, epoch = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
+    if window == 1 or not trainer.enable_validation:
+        return
+    over_epochs = trainer.check_val_every_n_epoch is None  # then batches are counted over the ends of epochs
+    if interval is None or (interval < epoch and interval % window) or (over_epochs and (interval % window or epoch % window)):
         raise ValueError(
-            f"validation after every {interval} batches comes in the middle of a step of accumulate_grad_batches={window}, "
-            f"where a checkpoint cannot be resumed exactly; set val_check_interval to a multiple of {window}"
+            f"validation with val_check_interval={trainer.val_check_interval} and epochs of {epoch} batches comes in the middle "
+            f"of a step of accumulate_grad_batches={window}, where a checkpoint cannot be resumed exactly; "
+            f"set val_check_interval to a multiple of {window} batches"
         )
 
 

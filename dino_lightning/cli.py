@@ -65,6 +65,7 @@ class DINOCLI(LightningCLI):
         options = self.config.get(self.config.get("subcommand"))
         if options is None or not options.get("ckpt_path"):
             return
+        interrupted = options.ckpt_path == "last" and self.config.subcommand == "fit"
         if options.ckpt_path == "last":
             options.ckpt_path = _last_checkpoint(options.trainer.default_root_dir)
         if Path(options.ckpt_path).is_file():
@@ -74,7 +75,8 @@ class DINOCLI(LightningCLI):
             self._parser(self.config.subcommand).set_defaults({f"model.{name}": value for name, value in given.items()})
             self.config = parser.parse_args(args)
             self.config[self.config.subcommand].ckpt_path = path
-            self._wandb_id = saved.get("callbacks", {}).get(RunConfig.__name__, {}).get("wandb_id")
+            if interrupted:  # a checkpoint that is named begins another branch
+                self._wandb_id = saved.get("callbacks", {}).get(RunConfig.__name__, {}).get("wandb_id")
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
@@ -82,7 +84,7 @@ class DINOCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Loggers write below the root folder unless they are told where (W&B's would write to the current folder).
 
-        W&B goes on with the run of the checkpoint.
+        With ``--ckpt_path last``, W&B goes on with the run of the checkpoint.
         """
         options = self._get(self.config, "trainer")
         for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
@@ -129,10 +131,11 @@ def _with_recipes(args: Sequence[str]) -> list[str]:
 
 def _last_checkpoint(root: str | None) -> str:
     folder = Path(root or ".")
-    found = sorted(folder.glob("**/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
+    there = (path for path in folder.glob("**/last*.ckpt") if path.exists())  # a link may lead nowhere
+    found = sorted(there, key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
-            f"--ckpt_path last: there is no checkpoints/last.ckpt below {folder.resolve()}; "
+            f"--ckpt_path last: there is no last.ckpt below {folder.resolve()}; "
             "set trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
     rank_zero_info("--ckpt_path last: going on from %s", found[-1])

@@ -234,7 +234,7 @@ class MultiCropDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            worker_init_fn=_outlive_usr1,
+            worker_init_fn=_outlive_signals,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
@@ -245,8 +245,12 @@ def _default_workers() -> int:
     return max(1, min(16, cores // max(1, torch.cuda.device_count())))
 
 
-def _outlive_usr1(worker: int) -> None:
-    """SLURM sends its warning to all processes of a job; it would end the workers before the step is done."""
+def _outlive_signals(worker: int) -> None:
+    """SLURM and others signal all processes of a job, which would end the workers before the step is done.
+
+    The first SIGTERM is let pass; the loader that ends its workers itself sends none unless one hangs.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 

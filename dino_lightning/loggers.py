@@ -11,7 +11,7 @@ class WandbLogger(LightningWandbLogger):
     """Lightning's, which after a resume in the same W&B run does not record again what the run has recorded before.
 
     A run that was killed has recorded steps since its last checkpoint, and takes them again. What was recorded stands in
-    ``recorded.txt`` in the run folder. (``dino-lightning`` goes on with the W&B run of the checkpoint; in Python give its ``id``.)
+    ``recorded.txt`` beside the run's checkpoints. (``--ckpt_path last`` goes on with the W&B run; in Python give its ``id``.)
     """
 
     _recorded: set[str] | None = None

@@ -243,6 +243,10 @@ class DINOModule(LightningModule):
         if self._seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
             self._seed = self.trainer.strategy.broadcast(seed)
+        if self.global_step:
+            # A resumed ModelCheckpoint forgets that it has this step, and would save it again in the middle of a step's batches.
+            for callback in self.trainer.checkpoint_callbacks:
+                callback._last_global_step_saved = self.global_step
         self._plan = None
         self._updated_step = self.global_step
         self._optimizer_stepped = False

@@ -42,7 +42,9 @@ def folder(tmp_path, monkeypatch):
 def start(root, *options, launcher=(sys.executable, "-m", "dino_lightning"), config="small.yaml", **variables):
     command = [*launcher, "fit", "--config", config, "--trainer.default_root_dir", root, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
 
 
 def finish(process, code=0, seconds=300):
@@ -73,7 +75,7 @@ def assert_same_end(root, other):
 def test_a_signal_saves_the_step_and_the_run_goes_on(folder):
     whole, stopped = start("whole"), start("stopped")
     wait_for_checkpoint("stopped", stopped)
-    stopped.send_signal(signal.SIGTERM)
+    os.killpg(stopped.pid, signal.SIGTERM)  # the workers too, as SLURM does
     assert "SIGTERM: saving" in finish(stopped, code=143)
     step = torch.load(newest("stopped"), weights_only=True)["global_step"]
     assert 6 <= step < 72
@@ -115,6 +117,7 @@ def test_checkpoints_are_written_beside_and_moved_into_place(tmp_path, monkeypat
     with pytest.raises(OSError, match="no space left"):
         io.save_checkpoint({"weights": torch.zeros(1000), "step": Unsavable()}, path)
     assert torch.load(path) == {"step": 1}, "the old one is still whole"
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"], "and the rest of the new one is gone"
     io.save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 2} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -150,8 +153,8 @@ def test_the_quickstart_survives_twenty_kills(tmp_path, monkeypatch):
         process.kill()
         process.communicate()
         kills += 1
-        in_writing += bool(list(Path("killed").glob("**/*.partial")))
-        for path in Path("killed").glob("**/*.partial"):
+        in_writing += bool(list(Path("killed").glob("**/.*.partial")))
+        for path in Path("killed").glob("**/.*.partial"):
             path.unlink()
         torch.load(newest("killed"), weights_only=True)
     finish(start("killed", *options, "--ckpt_path", "last", config="quickstart"))

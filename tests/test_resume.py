@@ -33,6 +33,23 @@ def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path / "images" / split / "a", 12)
         write_images(tmp_path / "images" / split / "b", 4, first=20)
-    with pytest.raises(ValueError, match="validation after every 3 batches .* set val_check_interval to a multiple of 2"):
+    with pytest.raises(ValueError, match="val_check_interval=3 and epochs of 8 batches .* set val_check_interval to a multiple of 2"):
         train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=3)
     train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=4)
+
+
+def test_a_resumed_run_saves_no_step_twice(tmp_path):
+    """Lightning would save again with the first of the accumulated batches, which is not where the step ended."""
+
+    def checkpoints(folder):
+        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    write_images(tmp_path / "images", 24)
+    options = dict(batch_size=2, devices=1, accumulate_grad_batches=2, drop_path_rate=0.3, enable_checkpointing=True)
+    whole = train(tmp_path, callbacks=[checkpoints(tmp_path / "first")], **options)
+    resumed = train(
+        tmp_path, callbacks=[checkpoints(tmp_path / "second")], ckpt_path=tmp_path / "first/step=4.ckpt", **options
+    )
+    assert sorted(path.name for path in (tmp_path / "second").iterdir()) == sorted(f"step={i}.ckpt" for i in range(5, 13))
+    for key, value in whole["state"].items():
+        assert torch.equal(resumed["state"][key], value), key
