@@ -27,6 +27,7 @@ from dino_lightning.networks import Network, Teacher, split_views
 from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
 from dino_lightning.plan import Plan, check_length
 from dino_lightning.randomness import seeded
+from dino_lightning.sampler import rewind_unfinished_epoch
 
 _OBJECT = "object:"  # how a backbone that was given as an object stands in the hyper-parameters
 
@@ -273,6 +274,7 @@ class DINOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("drop_path_seed")
+        rewind_unfinished_epoch(checkpoint)
 
     @property
     def backbone_name(self) -> str | None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import write_images
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from two_ranks import train
 
 
@@ -24,6 +24,27 @@ def run(folder, **options):
 def test_resumed_after_any_step(whole_run, step, num_workers):
     folder, whole = whole_run
     resumed = run(folder, ckpt_path=folder / f"step={step}.ckpt", num_workers=num_workers)
+    assert resumed["losses"] == whole["losses"][step:]
+    for key, value in whole["state"].items():
+        assert torch.equal(resumed["state"][key], value), key
+
+
+class StopAt(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_resumed_after_a_stop_within_an_epoch(whole_run, tmp_path, step):
+    """As max_time and early stopping do: Lightning closes the epoch before it saves."""
+    folder, whole = whole_run
+    keep = ModelCheckpoint(tmp_path, save_last=True)
+    stopped = run(folder, callbacks=[StopAt(step), keep], enable_checkpointing=True)
+    assert len(stopped["losses"]) == step
+    resumed = run(folder, ckpt_path=tmp_path / "last.ckpt")
     assert resumed["losses"] == whole["losses"][step:]
     for key, value in whole["state"].items():
         assert torch.equal(resumed["state"][key], value), key
