@@ -95,10 +95,10 @@ def soak(minutes: float, output: str) -> None:
         start, rows = time.monotonic(), []
         while run.poll() is None:
             time.sleep(_SAMPLE)
-            step = Path(scratch, "step")
+            step, now = Path(scratch, "step"), round(time.monotonic() - start, 1)
             for name, pid in processes(run.pid).items():
                 try:
-                    rows.append((round(time.monotonic() - start, 1), name, megabytes(pid), int(step.read_text() or 0)))
+                    rows.append((now, name, megabytes(pid), int(step.read_text() or 0)))
                 except (OSError, ValueError, StopIteration):
                     continue  # not yet, or no longer there
     with open(output, "w", newline="") as file:
