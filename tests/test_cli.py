@@ -143,7 +143,7 @@ def test_resume_goes_on_and_explicit_arguments_win(run_dir):
 
 
 def test_resume_from_the_last_checkpoint(run_dir):
-    with pytest.raises(FileNotFoundError, match="--ckpt_path last: there is no checkpoints/last.ckpt"):
+    with pytest.raises(FileNotFoundError, match="--ckpt_path last: there is no last.ckpt below"):
         fit("--ckpt_path", "last")
     fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
     fit("--trainer.max_epochs", "2", "--trainer.default_root_dir", "runs", "--ckpt_path", "last")
