@@ -84,6 +84,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(folder):
     assert_same_end("stopped", "whole")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
     """Begun by torchrun, gone on with under SLURM, compared with a run that Lightning starts by itself."""
     two = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp"]
