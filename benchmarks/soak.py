@@ -90,7 +90,9 @@ def slope(times: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
 
 def soak(minutes: float, output: str) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, open(output, "w", newline="", buffering=1) as file:
+        writer = csv.writer(file)
+        writer.writerow(("seconds", "process", "megabytes", "step"))
         run = subprocess.Popen([sys.executable, __file__, "--run", scratch, "--minutes", str(minutes)])
         start, rows = time.monotonic(), []
         while run.poll() is None:
@@ -98,11 +100,10 @@ def soak(minutes: float, output: str) -> None:
             step, now = Path(scratch, "step"), round(time.monotonic() - start, 1)
             for name, pid in processes(run.pid).items():
                 try:
-                    rows.append((now, name, megabytes(pid), int(step.read_text() or 0)))
+                    rows.append((now, name, round(megabytes(pid), 2), int(step.read_text() or 0)))
                 except (OSError, ValueError, StopIteration):
                     continue  # not yet, or no longer there
-    with open(output, "w", newline="") as file:
-        csv.writer(file).writerows([("seconds", "process", "megabytes", "step"), *rows])
+                writer.writerow(rows[-1])
     late = [row for row in rows if row[0] > 6 * minutes]
     for name in sorted({row[1] for row in late}):
         samples = np.array([(row[0], row[2]) for row in late if row[1] == name])

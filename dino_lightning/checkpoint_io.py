@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, whenever the process or the machine goes down."""
 
+import glob
 import os
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, makes sure it is on the disk, and then renames it over the old one.
 
     Until the rename the earlier checkpoint of that name is untouched; a write that fails leaves nothing behind, a process killed
-    while writing a hidden ``.NAME.*.partial``. Lightning's own writes through the system's temporary folder, whose move to
+    while writing a hidden ``.NAME.*.partial``, which the next write of that name removes. Lightning's own writes through the system's temporary folder, whose move to
     another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
     """
 
@@ -23,7 +24,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own, in case a process that should be gone still writes.
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            left.unlink(missing_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
             try:
                 torch.save(checkpoint, file)

@@ -61,13 +61,20 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         )
 
 
-def check_validation_interval(trainer: Trainer) -> None:
-    """Raises ValueError if validation, and the checkpoint after it, would come in the middle of accumulated batches."""
+def check_saving(trainer: Trainer) -> None:
+    """Raises ValueError if a checkpoint could be written in the middle of accumulated batches."""
     window, interval, epoch = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
-    if window == 1 or not trainer.enable_validation:
+    if window == 1:
         return
+    if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
+        raise ValueError(
+            f"ModelCheckpoint(train_time_interval=...) may save in the middle of a step of accumulate_grad_batches={window}, "
+            "where a checkpoint cannot be resumed exactly; use every_n_train_steps"
+        )
     over_epochs = trainer.check_val_every_n_epoch is None  # then batches are counted over the ends of epochs
-    if interval is None or (interval < epoch and interval % window) or (over_epochs and (interval % window or epoch % window)):
+    if trainer.enable_validation and (
+        interval is None or (interval < epoch and interval % window) or (over_epochs and (interval % window or epoch % window))
+    ):
         raise ValueError(
             f"validation with val_check_interval={trainer.val_check_interval} and epochs of {epoch} batches comes in the middle "
             f"of a step of accumulate_grad_batches={window}, where a checkpoint cannot be resumed exactly; "

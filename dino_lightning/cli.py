@@ -67,7 +67,8 @@ class DINOCLI(LightningCLI):
             return
         interrupted = options.ckpt_path == "last" and self.config.subcommand == "fit"
         if options.ckpt_path == "last":
-            options.ckpt_path = _last_checkpoint(options.trainer.default_root_dir)
+            folders = [options.trainer.default_root_dir or ".", options.get("checkpoint", {}).get("dirpath")]
+            options.ckpt_path = _last_checkpoint([Path(folder) for folder in folders if folder])
         if Path(options.ckpt_path).is_file():
             path = options.ckpt_path
             saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
@@ -129,13 +130,12 @@ def _with_recipes(args: Sequence[str]) -> list[str]:
     return resolved
 
 
-def _last_checkpoint(root: str | None) -> str:
-    folder = Path(root or ".")
-    there = (path for path in folder.glob("**/last*.ckpt") if path.exists())  # a link may lead nowhere
+def _last_checkpoint(folders: Sequence[Path]) -> str:
+    there = (path for folder in folders for path in folder.glob("**/last*.ckpt") if path.exists())  # a link may lead nowhere
     found = sorted(there, key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(
-            f"--ckpt_path last: there is no last.ckpt below {folder.resolve()}; "
+            f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(folder.resolve()) for folder in folders)}; "
             "set trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
     rank_zero_info("--ckpt_path last: going on from %s", found[-1])

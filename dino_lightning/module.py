@@ -11,11 +11,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from dino_lightning import resume
 from dino_lightning.backbones import build, example_images, feature_dim, freeze_unused
 from dino_lightning.checks import (
     check_options,
+    check_saving,
     check_trainer,
-    check_validation_interval,
     check_views,
     warn_of_local_batch_norms,
 )
@@ -27,7 +28,6 @@ from dino_lightning.networks import Network, Teacher, split_views
 from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
 from dino_lightning.plan import Plan, check_length
 from dino_lightning.randomness import seeded
-from dino_lightning.sampler import rewind_unfinished_epoch
 
 _OBJECT = "object:"  # how a backbone that was given as an object stands in the hyper-parameters
 
@@ -124,6 +124,7 @@ class DINOModule(LightningModule):
 
         self._plan: Plan | None = None  # known with the first batch of a run
         self._seed: int | None = None  # of the student's drop path
+        self._layout: dict[str, int] | None = None  # of the run that is resumed
         self._updated_step: int | None = None  # the global step up to which the teacher has followed; None outside a run
         self._optimizer_stepped = False
         self._guard = NonFiniteGuard()
@@ -135,6 +136,9 @@ class DINOModule(LightningModule):
             views = split_views(batch)
             check_views(views, self.student)
             self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
+            if self._layout is not None:
+                resume.compare(self._layout, resume.layout(self.trainer, self._plan))
+                self._layout = None
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss, and for callbacks the teacher's entropy and the KL divergence, detached, in nats."""
@@ -235,7 +239,7 @@ class DINOModule(LightningModule):
 
     def on_train_start(self) -> None:
         check_length(self.trainer, self.options)
-        check_validation_interval(self.trainer)
+        check_saving(self.trainer)
         warn_of_local_batch_norms(self.trainer, self.student)
         # Whatever mode they came in: a student in evaluation mode would have no drop path, a loss in it no centre.
         self.student.train()
@@ -244,10 +248,7 @@ class DINOModule(LightningModule):
         if self._seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
             self._seed = self.trainer.strategy.broadcast(seed)
-        if self.global_step:
-            # A resumed ModelCheckpoint forgets that it has this step, and would save it again in the middle of a step's batches.
-            for callback in self.trainer.checkpoint_callbacks:
-                callback._last_global_step_saved = self.global_step
+        resume.forget_no_saved_step(self.trainer)
         self._plan = None
         self._updated_step = self.global_step
         self._optimizer_stepped = False
@@ -271,10 +272,14 @@ class DINOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite()
         checkpoint["drop_path_seed"] = self._seed
+        if self._plan is not None:
+            checkpoint["layout"] = resume.layout(self.trainer, self._plan)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("drop_path_seed")
-        rewind_unfinished_epoch(checkpoint)
+        if self._trainer is not None:  # a run that goes on, not a module that is loaded
+            self._layout = checkpoint.get("layout")
+            resume.place(checkpoint, self.trainer)
 
     @property
     def backbone_name(self) -> str | None:

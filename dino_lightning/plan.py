@@ -29,6 +29,7 @@ class Plan:
 
     total_steps: int
     steps_per_epoch: int
+    images_per_step: int
     lr: float
     min_lr: float
     warmup_steps: int
@@ -48,6 +49,7 @@ class Plan:
         return cls(
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
+            images_per_step=images,
             lr=options["lr"] * images / 256,
             # check_length refused longer ones, except in a fast_dev_run.
             warmup_steps=min(options["warmup_epochs"] * steps_per_epoch, total_steps),

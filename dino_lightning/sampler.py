@@ -1,7 +1,6 @@
 """The order of the training images: a function of (seed, epoch), exact under ranks, workers and interruptions."""
 
 from collections.abc import Callable, Iterator, Sized
-from typing import Any
 
 from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler
@@ -51,17 +50,3 @@ def training_position(trainer: Trainer) -> tuple[int, int]:
     if batches.is_last_batch:  # the checkpoint was written behind the last batch of its epoch
         return epochs.ready, 0
     return epochs.processed, batches.current.processed
-
-
-def rewind_unfinished_epoch(checkpoint: dict[str, Any]) -> None:
-    """Lets a run that was stopped within an epoch (max_time, max_steps, should_stop) go on within it.
-
-    Lightning closes the epoch before it saves, and a resumed run would go on in the middle of the next one.
-    """
-    loop = checkpoint.get("loops", {}).get("fit_loop")
-    if loop is None:
-        return
-    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["current"]
-    if not batches["is_last_batch"] and batches["current"]["processed"] and epochs["processed"] == epochs["ready"]:
-        epochs["processed"] -= 1
-        epochs["completed"] = min(epochs["completed"], epochs["processed"])

@@ -148,6 +148,10 @@ def test_resume_from_the_last_checkpoint(run_dir):
     fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
     fit("--trainer.max_epochs", "2", "--trainer.default_root_dir", "runs", "--ckpt_path", "last")
     assert load("runs/lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 12
+    elsewhere = ("--trainer.default_root_dir", "other", "--checkpoint.dirpath", "kept")
+    fit("--trainer.max_epochs", "1", *elsewhere)
+    fit("--trainer.max_epochs", "2", *elsewhere, "--ckpt_path", "last")
+    assert max(load(path)["global_step"] for path in Path("kept").glob("last*.ckpt")) == 12
 
 
 def test_checkpoint_of_the_command_line_keeps_the_class_path(run_dir):

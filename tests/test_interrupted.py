@@ -119,6 +119,7 @@ def test_checkpoints_are_written_beside_and_moved_into_place(tmp_path, monkeypat
         io.save_checkpoint({"weights": torch.zeros(1000), "step": Unsavable()}, path)
     assert torch.load(path) == {"step": 1}, "the old one is still whole"
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"], "and the rest of the new one is gone"
+    (path.parent / ".last.ckpt.abc.partial").write_text("of a process that was killed")
     io.save_checkpoint({"step": 2}, path)
     assert torch.load(path) == {"step": 2} and [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
 

@@ -1,5 +1,6 @@
 """DINOModule in a real Trainer: teacher, precision, non-finite losses, checkpoints, bad input."""
 
+import copy
 import logging
 import pickle
 
@@ -8,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import MixedPrecision, TorchSyncBatchNorm
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -82,6 +83,21 @@ def test_batch_norms_of_the_teacher_train_on_buffers_of_their_own():
     images = torch.randn(3, 3, 32, 32)
     assert torch.allclose(module(images)[:1], module(images[:1]), atol=1e-6), "features use the running statistics"
     assert torch.equal(teacher.running_mean, before) and teacher.training
+
+
+def test_synchronised_batch_norms_replace_those_of_both_networks():
+    """On a CPU they can only be had without other ranks, where they must do what the plain ones do."""
+    plain, synchronised = (copy.deepcopy(build_module(BatchNormNet(), use_bn_in_head=True)) for _ in range(2))
+    synchronised.load_state_dict(plain.state_dict())
+    TorchSyncBatchNorm().apply(synchronised)
+    norms = [m for m in synchronised.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) == 6 and not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in synchronised.modules())
+    for module in (plain, synchronised):
+        module.student.backbone[3].p = 0.0
+        fit(module)
+    assert all(m.training for m in synchronised.teacher.modules() if isinstance(m, nn.SyncBatchNorm))
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(synchronised.state_dict()[key], value)
 
 
 def test_one_backbone_call_per_size_and_one_head_call():

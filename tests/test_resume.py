@@ -1,5 +1,7 @@
 """A run that was interrupted after any step and resumed ends as the run that was not."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 from conftest import write_images
@@ -7,13 +9,16 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from two_ranks import train
 
 
+def every_step(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """A run of 2 epochs of 5 batches with drop path, and a checkpoint of every step."""
     folder = tmp_path_factory.mktemp("resume")
     write_images(folder / "images", 22)
-    every_step = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    return folder, run(folder, callbacks=[every_step], enable_checkpointing=True)
+    return folder, run(folder, callbacks=[every_step(folder)], enable_checkpointing=True)
 
 
 def run(folder, **options):
@@ -50,6 +55,30 @@ def test_resumed_after_a_stop_within_an_epoch(whole_run, tmp_path, step):
         assert torch.equal(resumed["state"][key], value), key
 
 
+def test_resumed_with_other_micro_batches(tmp_path, caplog):
+    """The same images a step: the same plan, within an epoch too."""
+    write_images(tmp_path / "images", 22)
+    one = dict(folder=tmp_path, devices=1, enable_checkpointing=True)
+    whole = train(batch_size=4, callbacks=[every_step(tmp_path)], **one)
+    resumed = train(batch_size=2, accumulate_grad_batches=2, limit_train_batches=10, ckpt_path=tmp_path / "step=3.ckpt", **one)
+    assert "resumed on 1 device(s) with 2 accumulated batches, before it were 1 and 1" in caplog.text
+    assert len(resumed["losses"]) == 14 and len(whole["losses"]) == 10
+    torch.testing.assert_close(
+        torch.tensor(resumed["losses"]).unflatten(0, (7, 2)).sum(dim=1), torch.tensor(whole["losses"][3:]), rtol=1e-5, atol=0
+    )
+    for key, value in whole["state"].items():
+        if not key.endswith("qkv.bias"):  # the bias of the keys has no gradient but rounding noise
+            torch.testing.assert_close(resumed["state"][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{key}: {m}")
+
+
+def test_another_plan_on_resume_is_pointed_out(tmp_path, caplog):
+    write_images(tmp_path / "images", 22)
+    options = dict(folder=tmp_path, devices=1, enable_checkpointing=True)
+    train(batch_size=4, callbacks=[every_step(tmp_path)], **options)
+    train(batch_size=2, ckpt_path=tmp_path / "step=3.ckpt", **options)
+    assert "resumed with 2 images a step and 11 steps an epoch, before it were 4 and 5" in caplog.text
+
+
 def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):
     for split in ("train", "val"):
         write_images(tmp_path / "images" / split / "a", 12)
@@ -57,19 +86,18 @@ def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):
     with pytest.raises(ValueError, match="val_check_interval=3 and epochs of 8 batches .* set val_check_interval to a multiple of 2"):
         train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=3)
     train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=4)
+    by_time = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
+    with pytest.raises(ValueError, match="train_time_interval.* use every_n_train_steps"):
+        train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, callbacks=[by_time], enable_checkpointing=True)
 
 
 def test_a_resumed_run_saves_no_step_twice(tmp_path):
     """Lightning would save again with the first of the accumulated batches, which is not where the step ended."""
-
-    def checkpoints(folder):
-        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-
     write_images(tmp_path / "images", 24)
     options = dict(batch_size=2, devices=1, accumulate_grad_batches=2, drop_path_rate=0.3, enable_checkpointing=True)
-    whole = train(tmp_path, callbacks=[checkpoints(tmp_path / "first")], **options)
+    whole = train(tmp_path, callbacks=[every_step(tmp_path / "first")], **options)
     resumed = train(
-        tmp_path, callbacks=[checkpoints(tmp_path / "second")], ckpt_path=tmp_path / "first/step=4.ckpt", **options
+        tmp_path, callbacks=[every_step(tmp_path / "second")], ckpt_path=tmp_path / "first/step=4.ckpt", **options
     )
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == sorted(f"step={i}.ckpt" for i in range(5, 13))
     for key, value in whole["state"].items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import OnlineKNN
@@ -20,6 +21,15 @@ class PoisonLastRank(Callback):
             batch[0][0].fill_(torch.nan)
 
 
+class Uneven(MultiCropDataModule):
+    """A user's own loader, whose last batch is smaller: the images in order, each to one of the ranks."""
+
+    def train_dataloader(self):
+        torch.manual_seed(0)
+        samples = [[torch.rand(3, 32, 32), torch.rand(3, 32, 32), torch.rand(3, 16, 16)] for _ in range(10)]
+        return DataLoader(samples[self.trainer.global_rank :: self.trainer.world_size], batch_size=self.batch_size)
+
+
 class Losses(Callback):
     def __init__(self):
         self.values = []
@@ -28,21 +38,21 @@ class Losses(Callback):
         self.values.append(outputs["loss"].item())
 
 
-def train(folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, **options) -> dict:
+def train(
+    folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False, **options
+) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
-    data = MultiCropDataModule(
+    data = (Uneven if uneven else MultiCropDataModule)(
         folder / "images", batch_size=batch_size, num_workers=num_workers, global_crops_size=32, local_crops_size=16,
         local_crops_number=2,
     )  # fmt: skip
-    backbone = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate
-    )
-    module = DINOModule(backbone=backbone, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate)
+    module = DINOModule(backbone=backbone or vit, img_size=32, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05)
     losses = Losses()
     trainer = Trainer(
         accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, callbacks=[losses, OnlineKNN(k=3), *callbacks],
+        num_sanity_val_steps=0, use_distributed_sampler=not uneven, callbacks=[losses, OnlineKNN(k=3), *callbacks],
         **{"enable_checkpointing": False, **options},
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -59,6 +69,9 @@ if __name__ == "__main__":
         accumulate_grad_batches=2 if accumulated else 1,
         limit_train_batches=8 if accumulated else None,
         callbacks=[PoisonLastRank()] if scenario == "nan" else [],
+        ckpt_path=folder / "step=3.ckpt" if scenario == "resume" else None,
+        backbone="resnet18" if scenario == "cnn" else None,
+        uneven=scenario == "uneven",
         devices=2,
         strategy=DDPStrategy(process_group_backend="gloo"),
     )

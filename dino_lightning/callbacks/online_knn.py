@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from dino_lightning.evaluation import knn_accuracy
 
@@ -65,7 +65,7 @@ class OnlineKNN(Callback):
 def _gather(trainer: Trainer, loader: DataLoader, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
     """Features (N, D) and labels (N,) of a loader over all ranks, each labelled sample once and in order."""
     features, labels = (torch.cat([batch[name] for batch in batches]) for name in ("features", "labels"))
-    if trainer.world_size > 1:
+    if trainer.world_size > 1 and isinstance(loader.sampler, DistributedSampler):  # without, each rank has all
         # Lightning deals the samples out in turn and repeats some, so that the ranks have the same number.
         count = len(loader.dataset)
         features, labels = (

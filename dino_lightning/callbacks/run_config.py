@@ -19,6 +19,7 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or stage != "fit":
             return
+        _check_same_checkpoint(trainer)
         folder = run_folder(trainer)
         self._wandb_id = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
         if trainer.is_global_zero:
@@ -33,6 +34,16 @@ class RunConfig(SaveConfigCallback):
 
     def state_dict(self) -> dict[str, str | None]:
         return {"wandb_id": self._wandb_id}
+
+
+def _check_same_checkpoint(trainer: Trainer) -> None:
+    """Each process looks for ``--ckpt_path last`` by itself."""
+    chosen = trainer.strategy.broadcast(trainer.ckpt_path)
+    if chosen != trainer.ckpt_path:
+        raise RuntimeError(
+            f"rank 0 resumes {chosen}, rank {trainer.global_rank} {trainer.ckpt_path}: another run writes below the same root "
+            "folder; name the checkpoint, or give each run a trainer.default_root_dir of its own"
+        )
 
 
 def run_folder(trainer: Trainer) -> str:

@@ -1,0 +1,64 @@
+"""Runs that go on: from within an epoch, on other devices, with other micro-batches."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from dino_lightning.plan import Plan
+
+log = logging.getLogger(__name__)
+
+
+def layout(trainer: Trainer, plan: Plan) -> dict[str, int]:
+    """How a run deals out its images, kept in its checkpoints."""
+    return {
+        "images_per_step": plan.images_per_step,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "world_size": trainer.world_size,
+    }
+
+
+def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+    """Mends the place in the epoch at which a checkpoint lets a run go on, before Lightning reads it.
+
+    Lightning closes an epoch that max_time, max_steps or should_stop ended before it saves, and a resumed run would go on in
+    the middle of the next one. And it counts batches: where a step is another number of them, the same step is another batch.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return
+    batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["current"]
+    if not batches["is_last_batch"] and batches["current"]["processed"] and epochs["processed"] == epochs["ready"]:
+        epochs["processed"] -= 1
+        epochs["completed"] = min(epochs["completed"], epochs["processed"])
+    before = checkpoint.get("layout", {}).get("accumulate_grad_batches", trainer.accumulate_grad_batches)
+    processed = batches["current"]["processed"]
+    further = processed * trainer.accumulate_grad_batches // before - processed
+    for name in batches["current"]:  # "completed" is one behind in a checkpoint of a step
+        batches["current"][name] += further
+
+
+def compare(before: dict[str, int], now: dict[str, int]) -> None:
+    """Says what is another than in the run whose checkpoint is resumed."""
+    if before["images_per_step"] != now["images_per_step"] or before["steps_per_epoch"] != now["steps_per_epoch"]:
+        log.warning(
+            "resumed with %d images a step and %d steps an epoch, before it were %d and %d: the schedules go on at the same "
+            "step of another plan, the learning rate is scaled by the images of a step, and within an epoch images may come "
+            "twice or not at all. To go on with the same plan, keep batch size × devices × accumulated batches",
+            *(now["images_per_step"], now["steps_per_epoch"], before["images_per_step"], before["steps_per_epoch"]),
+        )
+    elif before != now:
+        log.warning(
+            "resumed on %d device(s) with %d accumulated batches, before it were %d and %d: the same images a step, the same "
+            "schedules; sums are rounded in another order and drop path is drawn anew, so the end is not bit-equal",
+            *(now["world_size"], now["accumulate_grad_batches"], before["world_size"], before["accumulate_grad_batches"]),
+        )
+
+
+def forget_no_saved_step(trainer: Trainer) -> None:
+    """A resumed ModelCheckpoint forgets that it has this step, and would save it again in the middle of a step's batches."""
+    if trainer.global_step:
+        for callback in trainer.checkpoint_callbacks:
+            callback._last_global_step_saved = trainer.global_step
