@@ -17,7 +17,16 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import recipes
-from dino_lightning.callbacks import AttentionMaps, FeatureWriter, OnlineKNN, ProgressBar, RunConfig, StopOnSignal
+from dino_lightning.callbacks import (
+    AttentionMaps,
+    CollapseDoctor,
+    FeatureWriter,
+    OnlineKNN,
+    ProgressBar,
+    RunConfig,
+    StopOnSignal,
+    Throughput,
+)
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
 from dino_lightning.tools import TOOLS
@@ -104,12 +113,16 @@ class DINOCLI(LightningCLI):
 
         if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        ours = [kind() for kind in (OnlineKNN, AttentionMaps, StopOnSignal) if not is_given(kind)]
+            best = []
+        else:  # beside the newest, where there are labels
+            folder = self._get(self.config, "checkpoint").dirpath
+            best = [ModelCheckpoint(folder, "best-{step}", "val/knn_top1", mode="max", save_on_train_epoch_end=False)]
+        ours = [kind() for kind in (OnlineKNN, AttentionMaps, CollapseDoctor, Throughput, StopOnSignal) if not is_given(kind)]
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
             ours.append(FeatureWriter())
-        self.trainer_defaults["callbacks"] = ours
+        self.trainer_defaults["callbacks"] = ours + best
         return super().instantiate_trainer(**kwargs)
 
 

@@ -5,18 +5,18 @@ from torch import Tensor
 
 
 class LateReading:
-    """A scalar on the device on its way to the host. Read a step later, the copy is long done."""
+    """A tensor on the device on its way to the host. Read a step later, the copy is long done."""
 
     def __init__(self, value: Tensor) -> None:
         self._value, self._copied = value, None
         if value.is_cuda:
-            self._value = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def read(self) -> float:
-        """The number; waits if the device is not there yet."""
+    def read(self) -> float | list[float]:
+        """Its number or numbers; waits if the device is not there yet."""
         if self._copied is not None:
             self._copied.synchronize()
-        return self._value.item()
+        return self._value.tolist()

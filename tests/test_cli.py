@@ -174,8 +174,12 @@ def test_labelled_splits_are_monitored(run_dir, capsys):
             write_images(Path("labelled") / split / name, count, first=10 * i)
     fit("--data.root", "labelled", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs")
     header = next(Path("runs").rglob("metrics.csv")).read_text().splitlines()[0]
-    assert "val/knn_top1" in header and "train/teacher_entropy" in header
-    assert "images/s=" in capsys.readouterr().out
+    keys = {"val/knn_top1", "val/rank_me", "train/teacher_entropy", "train/feature_rank", "train/images_per_s", "train/data_wait"}
+    assert keys <= set(header.split(","))
+    shown = capsys.readouterr().out
+    assert "images/s=" in shown and "data wait=" in shown
+    best = next(Path("runs").rglob("best-step=*.ckpt"))
+    assert load(best)["global_step"] in (4, 8) and (best.parent / "last.ckpt").exists()
 
 
 def test_predict_writes_features_and_paths(run_dir):
@@ -320,6 +324,18 @@ def leveldb_records(data, block=32768):
         if kind in (1, 4):  # a full record, or its last chunk
             yield whole
             whole = b""
+
+
+def test_the_sweep_file_has_options_of_ours(run_dir, capsys):
+    sweep = yaml.safe_load((recipes.folder() / "sweeps/knn.yaml").read_text())
+    assert sweep["metric"] == {"name": "val/knn_top1", "goal": "maximize"}
+    chosen = {name: given.get("value", given.get("min", given.get("values", [None])[0])) for name, given in sweep["parameters"].items()}
+    command = [part for part in sweep["command"][1:] if part != "${args}"]
+    config = yaml.safe_load(printed(capsys, *command, *(f"--{name}={value}" for name, value in chosen.items()), "--print_config"))
+    assert config["data"]["root"] == "photos" and config["model"]["lr"] == 1e-4
+    assert config["trainer"]["callbacks"] == [
+        {"class_path": "dino_lightning.callbacks.CollapseDoctor", "init_args": {"stop": True, "expected_loss": None}}
+    ]
 
 
 def test_no_network_at_import_help_and_fit(run_dir):

@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.evaluation.spread import rank_me
 
 
 class OnlineKNN(Callback):
-    """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query],
-    and ``test/...`` in a test run.
+    """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query], and
+    ``val/rank_me``, the effective rank of the bank's features; ``test/...`` in a test run.
 
     Exact on any number of ranks. Without labelled loaders it does nothing; ``Trainer(check_val_every_n_epoch=n)`` says how
     often it runs.
@@ -60,6 +61,7 @@ class OnlineKNN(Callback):
         gathered = [_gather(trainer, loader, batches) for loader, batches in zip(loaders, (bank, queries))]
         top1, top5 = knn_accuracy(*gathered[0], *gathered[1], k=self.k, temperature=self.temperature)
         pl_module.log_dict({f"{stage}/knn_top1": top1, f"{stage}/knn_top5": top5}, prog_bar=True, rank_zero_only=True)
+        pl_module.log(f"{stage}/rank_me", rank_me(gathered[0][0]), rank_zero_only=True)
 
 
 def _gather(trainer: Trainer, loader: DataLoader, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,8 @@
 """What the tools need of a checkpoint: the module on the device, the size it was trained at, its network untrained."""
 
+import pickle
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -8,9 +11,31 @@ from dino_lightning.module import DINOModule
 
 
 def load_module(checkpoint: str) -> DINOModule:
-    """The module of a checkpoint of ``dino-lightning fit``, in evaluation mode, on the accelerator if there is one."""
-    module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    """The module of a checkpoint of ``dino-lightning fit``, in evaluation mode, on the accelerator if there is one.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint of a DINOModule, or its weights are of another network than it says.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {checkpoint!r}")
+    try:
+        saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(f"{checkpoint} is no checkpoint, or not a whole one: {_first_line(error)}") from error
+    weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
+    if not any(name.startswith("teacher.backbone.") for name in weights):
+        held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{checkpoint} holds no DINOModule, but {held}; expected a checkpoint of dino-lightning fit")
+    try:
+        module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {checkpoint} are of another network than its options describe: {error}") from error
     return module.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def training_size(module: DINOModule) -> tuple[int, int]:

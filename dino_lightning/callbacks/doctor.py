@@ -1,0 +1,156 @@
+"""The collapse doctor: whether a run learns, in numbers at every step, and in words when it does not."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from dino_lightning.evaluation.collapse import (
+    Signs,
+    Verdict,
+    diagnose,
+    is_stuck,
+    off_the_curve,
+    stuck,
+    too_many_prototypes,
+)
+from dino_lightning.evaluation.spread import feature_std, participation_ratio, view_agreement
+from dino_lightning.late import LateReading
+
+log = logging.getLogger(__name__)
+
+_WINDOW = 20  # batches
+_PATIENCE = 0.01  # of the run's steps
+
+
+class CollapseDoctor(Callback):
+    """Watches the teacher for the ways in which DINO fails, and says once what is wrong and what helps.
+
+    A falling loss can be collapse, so it looks at the features and prototypes. It logs ``train/center_norm``;
+    ``train/feature_std`` and ``train/feature_rank`` of the teacher's features (1 and their width when they spread into all
+    directions, 0 and 1 when they are dead); ``train/view_agreement`` (1: both global views of an image look the same to the
+    teacher); and ``train/prototypes_used``, the share that was anyone's strongest within the last 20 batches. Nothing waits for
+    the device: numbers are means over 20 batches and all ranks and are read one step later.
+
+    A verdict is given if it holds for three windows and one per cent of the run's steps on end; as a warning, and as
+    ``doctor/NAME`` in the loggers. The README has the table of verdicts.
+
+    Args:
+        stop: end the run at the first verdict on the training (on all ranks, behind the same step).
+        expected_loss: step → training loss of a recipe whose course is known.
+    """
+
+    def __init__(self, stop: bool = False, expected_loss: Mapping[int, float] | None = None) -> None:
+        self.stop = stop
+        self.expected_loss = dict(expected_loss or {})
+        self._told: list[str] = []
+        self._first_loss: float | None = None
+        self._hook: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._out_dim = pl_module.loss.center.shape[1]
+        self._suspected, self._lasted, self._stuck = "", 0, 0
+        self._share_used: Tensor | None = None  # known after a window
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._reading: tuple[LateReading, int] | None = None
+        self._begin(pl_module.device)
+        self._hook = pl_module.teacher.head.register_forward_hook(self._see)
+        if trainer.global_step == 0:
+            self._told, self._first_loss = [], None
+            images = _count_images(trainer)
+            self._tell(trainer, too_many_prototypes(self._out_dim, images) if images else None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._hook.remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": list(self._told), "first_loss": self._first_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._told, self._first_loss = list(state_dict["told"]), state_dict["first_loss"]
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._reading is not None:
+            self._judge(trainer)
+        if self._seen is None or "kl" not in outputs:  # a subclass's own training_step
+            return
+        (features, logits), self._seen = self._seen, None  # (2·B, D), (2·B, K)
+        entropy, kl = outputs["teacher_entropy"], outputs["kl"]
+        spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
+        self._sums += torch.stack([entropy + kl, entropy, kl, *spread])
+        strongest = (logits - pl_module.loss.center).argmax(dim=1)
+        self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
+        self._batches += 1
+        if self._batches == _WINDOW:
+            self._close(trainer, pl_module.device)
+        names = ("train/feature_std", "train/feature_rank", "train/view_agreement")
+        pl_module.log_dict(dict(zip(names, spread)))
+        pl_module.log("train/center_norm", pl_module.loss.center.norm())
+        if self._share_used is not None:
+            pl_module.log("train/prototypes_used", self._share_used)
+
+    def _see(self, head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
+        self._seen = inputs[0].detach(), logits.detach()
+
+    def _begin(self, device: torch.device) -> None:
+        self._batches = 0
+        self._sums = torch.zeros(6, device=device)
+        self._chosen = torch.zeros(self._out_dim, dtype=torch.long, device=device)
+
+    def _close(self, trainer: Trainer, device: torch.device) -> None:
+        """The window's numbers over all ranks set out for the host."""
+        sums, chosen = self._sums / (_WINDOW * trainer.world_size), self._chosen.float()
+        if trainer.world_size > 1:
+            dist.all_reduce(sums)
+            dist.all_reduce(chosen)
+        self._share_used = (chosen > 0).float().mean()
+        prototypes = torch.special.entr(chosen / chosen.sum()).sum().exp()
+        self._reading = LateReading(torch.cat([sums, prototypes[None]])), trainer.global_step
+        self._begin(device)
+
+    def _judge(self, trainer: Trainer) -> None:
+        """Says what has lasted. All ranks read the same numbers, so all stop together."""
+        (reading, step), self._reading = self._reading, None
+        signs = Signs(*reading.read())
+        patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))
+        if self._first_loss is None:
+            self._first_loss = signs.loss
+        verdict = diagnose(signs, self._out_dim, self._first_loss)
+        self._lasted = self._lasted + 1 if verdict and verdict.name == self._suspected else 1
+        self._suspected = verdict.name if verdict else ""
+        if verdict and self._lasted >= patience:
+            self._tell(trainer, verdict, self.stop)
+        self._stuck = self._stuck + 1 if is_stuck(signs, self._out_dim) else 0
+        if self._stuck >= 3 * patience:
+            self._tell(trainer, stuck(signs, self._out_dim, step), self.stop)
+        for expected_step in [due for due in self.expected_loss if step - _WINDOW < due <= step]:
+            self._tell(trainer, off_the_curve(signs.loss, self.expected_loss[expected_step], expected_step))
+
+    def _tell(self, trainer: Trainer, verdict: Verdict | None, stop: bool = False) -> None:
+        if verdict is None or verdict.name in self._told:
+            return
+        self._told.append(verdict.name)
+        if trainer.is_global_zero:
+            log.warning("step %d: %s%s", trainer.global_step, verdict.text, ". The run stops here" if stop else "")
+        for logger in trainer.loggers:
+            logger.log_metrics({f"doctor/{verdict.name}": 1.0}, step=trainer.global_step)
+        if stop:
+            trainer.should_stop = True
+
+
+def _count_images(trainer: Trainer) -> int | None:
+    """Training images, where the loader tells."""
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else None

@@ -1,0 +1,73 @@
+"""How fast a run is, and what it waits for."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dino_lightning.evaluation.flops import flops_per_image
+from dino_lightning.networks import split_views
+
+_SECONDS = 2.0  # between two readings
+
+
+class Throughput(Callback):
+    """Logs, as means over two seconds or more: ``train/images_per_s`` over all devices; ``train/data_wait``, the share of the time
+    between two steps, in which batches are waited for, moved and (on a CPU) painted; ``train/tflops``, 10¹² floating-point
+    operations a second and device; and ``train/mfu``, these as a share of what the device could do, where Lightning knows that.
+
+    It reads the host's clock only: a device that lags behind by some steps is not waited for. Validation is left out.
+    """
+
+    def __init__(self) -> None:
+        self._flops: int | None = None  # of an image
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._flops = None
+        self._peak = get_available_flops(pl_module.device, _dtype(trainer.precision)) if pl_module.device.type == "cuda" else None
+        self._logged: dict[str, torch.Tensor] = {}
+        self._forget()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._flops is None:
+            with trainer.precision_plugin.forward_context():
+                views = [view[:1] for view in split_views(batch)]
+                self._flops = flops_per_image(pl_module.student, pl_module.teacher, views)
+            self._forget()
+        self._waited += time.perf_counter() - self._ended
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(split_views(batch)[0])
+        self._ended = time.perf_counter()
+        seconds = self._ended - self._since
+        if seconds >= _SECONDS or trainer.is_last_batch:
+            tflops = self._images * self._flops / seconds / 1e12
+            values = {
+                "train/images_per_s": self._images * trainer.world_size / seconds,
+                "train/data_wait": self._waited / seconds,
+                "train/tflops": tflops,
+            }
+            if self._peak:
+                values["train/mfu"] = tflops * 1e12 / self._peak
+            # Tensors on the host: a float would be copied to the device, which waits for it.
+            self._logged = {name: torch.tensor(value) for name, value in values.items()}
+            self._forget()
+        pl_module.log_dict(self._logged)
+
+    def _forget(self) -> None:
+        self._since = self._ended = time.perf_counter()
+        self._waited, self._images = 0.0, 0
+
+
+def _dtype(precision: str) -> torch.dtype:
+    return torch.bfloat16 if "bf16" in precision else torch.float16 if precision.startswith("16") else torch.float32

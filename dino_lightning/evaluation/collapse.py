@@ -1,0 +1,108 @@
+"""What is wrong with a run, in words: a verdict from a few numbers of its last steps."""
+
+import math
+from typing import NamedTuple
+
+
+class Signs(NamedTuple):
+    """Means over a window of steps.
+
+    ``loss``, ``entropy`` (the teacher's) and ``kl`` in nats; ``feature_std``, ``feature_rank`` and ``view_agreement`` as in
+    ``spread``; ``prototypes``: effective number of those that the teacher chose, the perplexity of their counts.
+    """
+
+    loss: float
+    entropy: float
+    kl: float
+    feature_std: float
+    feature_rank: float
+    view_agreement: float
+    prototypes: float
+
+
+class Verdict(NamedTuple):
+    """``name`` as in the log's keys, ``text`` for people: what is seen, and what helps."""
+
+    name: str
+    text: str
+
+
+def diagnose(signs: Signs, out_dim: int, first_loss: float) -> Verdict | None:
+    """The verdict on a window of steps, None if nothing is wrong. One bad window is no illness: see how long it lasts.
+
+    Args:
+        signs: of the window.
+        out_dim: number of prototypes K.
+        first_loss: of the run's first window.
+    """
+    ln_k = math.log(out_dim)
+    if signs.feature_std < 0.02:
+        return Verdict(
+            "dead_features",
+            f"dead features: the backbone gives the same feature for every image (their spread is {signs.feature_std:.3f} of 1). "
+            "Lower lr, lengthen warmup_epochs, and see that the images are not all alike or black",
+        )
+    if signs.entropy > ln_k - 0.25:
+        return Verdict(
+            "uniform_collapse",
+            f"uniform collapse: the teacher gives all {out_dim} prototypes the same share (its entropy is {signs.entropy:.2f}, "
+            f"ln K = {ln_k:.2f}), so there is nothing to learn from it. Lower teacher_temp and warmup_teacher_temp (0.04, or 0.02), "
+            "and leave center_momentum at 0.9",
+        )
+    if signs.prototypes < 4 and signs.entropy < 0.1 * ln_k:
+        return Verdict(
+            "one_prototype_collapse",
+            f"collapse to one prototype: the teacher puts all images on about {signs.prototypes:.1f} of {out_dim} prototypes and is "
+            f"sure of it (entropy {signs.entropy:.2f} of {ln_k:.2f}). Leave center_momentum at 0.9 (1 switches centring off), "
+            "raise teacher_temp (0.04), raise momentum_teacher",
+        )
+    if signs.view_agreement > 0.999:
+        return Verdict(
+            "nothing_to_learn",
+            f"nothing to learn: to the teacher the two global views of an image are the same (agreement {signs.view_agreement:.3f} of 1; "
+            "different images differ). Switch the augmentation on: crop scales below 1, color_jitter, blur_p",
+        )
+    if signs.feature_rank < 1.2 or signs.loss > 1.3 * max(ln_k, first_loss):
+        return Verdict(
+            "divergence",
+            f"divergence: the loss is {signs.loss:.2f} (it began with {first_loss:.2f}), and the features have an effective rank of "
+            f"{signs.feature_rank:.2f} (1: all on a line): the weights are thrown about. Lower lr, lengthen warmup_epochs, keep clip_grad at 3",
+        )
+    return None
+
+
+def is_stuck(signs: Signs, out_dim: int) -> bool:
+    """Whether the student is still uniform although the teacher is not: a loss at ln K."""
+    ln_k = math.log(out_dim)
+    return abs(signs.loss - ln_k) < 0.02 * ln_k and signs.entropy < ln_k - 0.25
+
+
+def stuck(signs: Signs, out_dim: int, steps: int) -> Verdict:
+    return Verdict(
+        "stuck",
+        f"stuck: after {steps} steps the loss is still {signs.loss:.2f}, ln K = {math.log(out_dim):.2f}: the student has learned "
+        "nothing. Raise lr, shorten warmup_epochs and freeze_last_layer, or train longer; is the backbone frozen?",
+    )
+
+
+def too_many_prototypes(out_dim: int, images: int) -> Verdict | None:
+    """Of K against the number of training images; the paper has 20 images for each prototype."""
+    if out_dim <= images:
+        return None
+    fitting = max(64, 2 ** int(math.log2(max(1, images / 8))))
+    return Verdict(
+        "too_many_prototypes",
+        f"out_dim={out_dim} prototypes for {images} training images: most can never be used. Set out_dim to about {fitting}, "
+        "and momentum_teacher to 0.99 for so few images",
+    )
+
+
+def off_the_curve(loss: float, expected: float, step: int) -> Verdict | None:
+    """Of the loss at a step of a recipe whose course is known."""
+    if abs(loss - expected) < 0.35 * expected:
+        return None
+    return Verdict(
+        "off_the_curve",
+        f"off the recipe's curve: at step {step} the loss is {loss:.2f}, where this recipe had {expected:.2f}. If you did not change "
+        "the recipe on purpose, look at the images that the run reads (see docs/views.png) and at the options in config.yaml",
+    )

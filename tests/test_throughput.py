@@ -1,0 +1,55 @@
+"""How fast a run is: counted operations, and time that is measured."""
+
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lightning import DINOHead, DINOModule, VisionTransformer
+from dino_lightning.callbacks import Throughput
+from dino_lightning.evaluation.flops import flops_per_image
+from dino_lightning.networks import Network, Teacher
+
+
+def test_operations_of_vit_small_as_counted_by_hand():
+    """2 crops of 224 and 8 of 96, K = 65,536: 113.4 GFLOP, of which the teacher 18.4 and its head."""
+    with torch.device("meta"):
+        backbone = VisionTransformer(embed_dim=384, num_heads=6)
+        student = Network(backbone, DINOHead(384, 65536))
+        teacher = Teacher(student)
+        views = [torch.empty(1, 3, 224, 224)] * 2 + [torch.empty(1, 3, 96, 96)] * 8
+    assert flops_per_image(student, teacher, views) == pytest.approx(113.4e9, rel=0.005)
+    assert student.training and not teacher.training
+
+
+class Slow(Dataset):
+    """Samples that take a while to read."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        time.sleep(self.seconds)
+        return [torch.rand(3, 16, 16)] * 2
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_waiting_for_data_is_told_from_computing(seconds):
+    module = DINOModule(
+        VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2), out_dim=16, hidden_dim=16,
+        bottleneck_dim=8, warmup_epochs=0,
+    )  # fmt: skip
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, logger=False, callbacks=[Throughput()], enable_progress_bar=False,
+                      enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    started = time.perf_counter()
+    trainer.fit(module, DataLoader(Slow(seconds), batch_size=2))
+    rate, wait, tflops = (trainer.callback_metrics[f"train/{name}"].item() for name in ("images_per_s", "data_wait", "tflops"))
+    assert 16 / (time.perf_counter() - started) < rate  # of the steps alone
+    if seconds:
+        assert wait > 0.5 and rate < 1 / seconds
+    assert 0 <= wait < 1 and tflops > 0 and "train/mfu" not in trainer.callback_metrics
