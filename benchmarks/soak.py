@@ -3,8 +3,9 @@
     python benchmarks/soak.py [--minutes 45] [--output soak.csv]
 
 Trains the quickstart's network on generated scenes, two gloo processes of one worker each, with validation and checkpoints every
-epoch, and samples every ten seconds the proportional set size of each process and the optimizer steps done. After a tenth of the time,
-straight lines through the samples: their slopes with 95 % intervals, of independent samples (block means of a minute). Linux only.
+epoch, and samples every ten seconds the memory of each process (proportional set size without mapped files) and the optimizer
+steps done. After a tenth of the time, straight lines through the samples: their slopes with 95 % intervals, of independent samples
+(block means of a minute). Linux only; the throughput means something only on a machine that does nothing else.
 """
 
 import argparse
@@ -77,8 +78,10 @@ def processes(root: int) -> dict[str, int]:
 
 
 def megabytes(pid: int) -> float:
+    """Its share of what is not a file: the pages of libraries count by how many other processes happen to use them."""
     with open(f"/proc/{pid}/smaps_rollup") as rollup:
-        return next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) / 1024
+        sizes = {line.split(":")[0]: int(line.split()[1]) for line in rollup if line.startswith("Pss")}
+    return (sizes["Pss_Anon"] + sizes["Pss_Shmem"]) / 1024
 
 
 def slope(times: np.ndarray, values: np.ndarray) -> tuple[float, float]:
@@ -101,7 +104,7 @@ def soak(minutes: float, output: str) -> None:
             for name, pid in processes(run.pid).items():
                 try:
                     rows.append((now, name, round(megabytes(pid), 2), int(step.read_text() or 0)))
-                except (OSError, ValueError, StopIteration):
+                except (OSError, ValueError, KeyError):
                     continue  # not yet, or no longer there
                 writer.writerow(rows[-1])
     late = [row for row in rows if row[0] > 6 * minutes]

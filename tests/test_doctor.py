@@ -78,8 +78,13 @@ def test_loss_is_entropy_plus_kl_of_teacher_and_student():
     ],
 )
 def test_verdicts(signs, name):
-    verdict = diagnose(HEALTHY._replace(**signs), out_dim=256, first_loss=5.0)
+    verdict = diagnose(HEALTHY._replace(**signs), out_dim=256, first_loss=5.0, first_rank=2.5)
     assert (verdict and verdict.name) == name
+
+
+def test_an_untrained_cnn_is_not_accused():
+    """Its features are nearly on a line from the start (measured: 1.07 of a ResNet-50 on photographs)."""
+    assert diagnose(HEALTHY._replace(feature_rank=1.07), 256, first_loss=5.0, first_rank=1.07) is None
 
 
 def test_a_student_that_stays_uniform():

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.callbacks import OnlineKNN
+from dino_lightning.callbacks import CollapseDoctor, OnlineKNN
 
 
 class PoisonLastRank(Callback):
@@ -39,7 +39,8 @@ class Losses(Callback):
 
 
 def train(
-    folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False, **options
+    folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False,
+    teacher_temp=0.04, **options
 ) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
@@ -48,12 +49,13 @@ def train(
         local_crops_number=2,
     )  # fmt: skip
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate)
-    module = DINOModule(backbone=backbone or vit, img_size=32, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05)
+    module = DINOModule(backbone=backbone or vit, img_size=32, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05,
+                        teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp)  # fmt: skip
     losses = Losses()
     trainer = Trainer(
-        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, use_distributed_sampler=not uneven, callbacks=[losses, OnlineKNN(k=3), *callbacks],
-        **{"enable_checkpointing": False, **options},
+        **{"max_epochs": 2, "enable_checkpointing": False, **options},
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -66,9 +68,11 @@ if __name__ == "__main__":
     result = train(
         folder,
         batch_size=1 if accumulated else 2,
+        teacher_temp=2.0 if scenario == "sick" else 0.04,
         accumulate_grad_batches=2 if accumulated else 1,
         limit_train_batches=8 if accumulated else None,
-        callbacks=[PoisonLastRank()] if scenario == "nan" else [],
+        callbacks={"nan": [PoisonLastRank()], "sick": [CollapseDoctor(stop=True)]}.get(scenario, []),
+        max_epochs=30 if scenario == "sick" else 2,
         ckpt_path=folder / "step=3.ckpt" if scenario == "resume" else None,
         backbone="resnet18" if scenario == "cnn" else None,
         uneven=scenario == "uneven",

@@ -47,9 +47,9 @@ class CollapseDoctor(Callback):
 
     def __init__(self, stop: bool = False, expected_loss: Mapping[int, float] | None = None) -> None:
         self.stop = stop
-        self.expected_loss = dict(expected_loss or {})
+        self.expected_loss = {int(step): loss for step, loss in (expected_loss or {}).items()}  # keys of a YAML file are text
         self._told: list[str] = []
-        self._first_loss: float | None = None
+        self._first: dict[str, float] = {}  # loss and rank at the beginning
         self._hook: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,7 +61,7 @@ class CollapseDoctor(Callback):
         self._begin(pl_module.device)
         self._hook = pl_module.teacher.head.register_forward_hook(self._see)
         if trainer.global_step == 0:
-            self._told, self._first_loss = [], None
+            self._told, self._first = [], {}
             images = _count_images(trainer)
             self._tell(trainer, too_many_prototypes(self._out_dim, images) if images else None)
 
@@ -73,10 +73,10 @@ class CollapseDoctor(Callback):
             self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"told": list(self._told), "first_loss": self._first_loss}
+        return {"told": list(self._told), "first": dict(self._first)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._told, self._first_loss = list(state_dict["told"]), state_dict["first_loss"]
+        self._told, self._first = list(state_dict["told"]), dict(state_dict["first"])
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -89,7 +89,8 @@ class CollapseDoctor(Callback):
         (features, logits), self._seen = self._seen, None  # (2·B, D), (2·B, K)
         entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
-        self._sums += torch.stack([entropy + kl, entropy, kl, *spread])
+        first_rank = spread[1] * _WINDOW if trainer.global_step <= 1 and self._batches == 0 else torch.zeros_like(kl)
+        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, first_rank])
         strongest = (logits - pl_module.loss.center).argmax(dim=1)
         self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
@@ -106,7 +107,7 @@ class CollapseDoctor(Callback):
 
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
-        self._sums = torch.zeros(6, device=device)
+        self._sums = torch.zeros(7, device=device)
         self._chosen = torch.zeros(self._out_dim, dtype=torch.long, device=device)
 
     def _close(self, trainer: Trainer, device: torch.device) -> None:
@@ -123,11 +124,11 @@ class CollapseDoctor(Callback):
     def _judge(self, trainer: Trainer) -> None:
         """Says what has lasted. All ranks read the same numbers, so all stop together."""
         (reading, step), self._reading = self._reading, None
-        signs = Signs(*reading.read())
+        *means, first_rank, prototypes = reading.read()
+        signs = Signs(*means, prototypes)
         patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))
-        if self._first_loss is None:
-            self._first_loss = signs.loss
-        verdict = diagnose(signs, self._out_dim, self._first_loss)
+        self._first = self._first or {"first_loss": signs.loss, "first_rank": first_rank}
+        verdict = diagnose(signs, self._out_dim, **self._first)
         self._lasted = self._lasted + 1 if verdict and verdict.name == self._suspected else 1
         self._suspected = verdict.name if verdict else ""
         if verdict and self._lasted >= patience:

@@ -27,13 +27,14 @@ class Verdict(NamedTuple):
     text: str
 
 
-def diagnose(signs: Signs, out_dim: int, first_loss: float) -> Verdict | None:
+def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float) -> Verdict | None:
     """The verdict on a window of steps, None if nothing is wrong. One bad window is no illness: see how long it lasts.
 
     Args:
         signs: of the window.
         out_dim: number of prototypes K.
-        first_loss: of the run's first window.
+        first_loss: mean over the run's first window.
+        first_rank: effective rank before the first step. That of an untrained CNN is close to 1 already.
     """
     ln_k = math.log(out_dim)
     if signs.feature_std < 0.02:
@@ -41,6 +42,15 @@ def diagnose(signs: Signs, out_dim: int, first_loss: float) -> Verdict | None:
             "dead_features",
             f"dead features: the backbone gives the same feature for every image (their spread is {signs.feature_std:.3f} of 1). "
             "Lower lr, lengthen warmup_epochs, and see that the images are not all alike or black",
+        )
+    # Before the collapses, which it can bring about.
+    on_a_line = signs.feature_rank < 1.2 and signs.feature_rank - 1 < 0.25 * (first_rank - 1)
+    if on_a_line or signs.loss > 1.3 * max(ln_k, first_loss):
+        return Verdict(
+            "divergence",
+            f"divergence: the loss is {signs.loss:.2f} (it began with {first_loss:.2f}), the effective rank of the features "
+            f"{signs.feature_rank:.2f} (it began with {first_rank:.2f}; 1: all on a line): the weights are thrown about. Lower lr, "
+            "lengthen warmup_epochs, keep clip_grad at 3",
         )
     if signs.entropy > ln_k - 0.25:
         return Verdict(
@@ -61,12 +71,6 @@ def diagnose(signs: Signs, out_dim: int, first_loss: float) -> Verdict | None:
             "nothing_to_learn",
             f"nothing to learn: to the teacher the two global views of an image are the same (agreement {signs.view_agreement:.3f} of 1; "
             "different images differ). Switch the augmentation on: crop scales below 1, color_jitter, blur_p",
-        )
-    if signs.feature_rank < 1.2 or signs.loss > 1.3 * max(ln_k, first_loss):
-        return Verdict(
-            "divergence",
-            f"divergence: the loss is {signs.loss:.2f} (it began with {first_loss:.2f}), and the features have an effective rank of "
-            f"{signs.feature_rank:.2f} (1: all on a line): the weights are thrown about. Lower lr, lengthen warmup_epochs, keep clip_grad at 3",
         )
     return None
 
