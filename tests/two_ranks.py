@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.callbacks import OnlineKNN
+from dino_lightning.callbacks import OnlineKNN, OnlineProbe
 
 
 class PoisonLastRank(Callback):
@@ -57,7 +57,8 @@ def train(
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics}
+    probes = [callback.state_dict() for callback in callbacks if isinstance(callback, OnlineProbe)]
+    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
 if __name__ == "__main__":
@@ -68,7 +69,7 @@ if __name__ == "__main__":
         batch_size=1 if accumulated else 2,
         accumulate_grad_batches=2 if accumulated else 1,
         limit_train_batches=8 if accumulated else None,
-        callbacks=[PoisonLastRank()] if scenario == "nan" else [],
+        callbacks={"nan": [PoisonLastRank()], "probe": [OnlineProbe()]}.get(scenario, []),
         ckpt_path=folder / "step=3.ckpt" if scenario == "resume" else None,
         backbone="resnet18" if scenario == "cnn" else None,
         uneven=scenario == "uneven",

@@ -3,9 +3,19 @@
 from dino_lightning.callbacks.attention_maps import AttentionMaps
 from dino_lightning.callbacks.feature_writer import FeatureWriter
 from dino_lightning.callbacks.online_knn import OnlineKNN
+from dino_lightning.callbacks.online_probe import OnlineProbe
 from dino_lightning.callbacks.progress import ProgressBar
 from dino_lightning.callbacks.run_config import RunConfig
 from dino_lightning.callbacks.scene_report import SceneReport
 from dino_lightning.callbacks.stop_on_signal import StopOnSignal
 
-__all__ = ["AttentionMaps", "FeatureWriter", "OnlineKNN", "ProgressBar", "RunConfig", "SceneReport", "StopOnSignal"]
+__all__ = [
+    "AttentionMaps",
+    "FeatureWriter",
+    "OnlineKNN",
+    "OnlineProbe",
+    "ProgressBar",
+    "RunConfig",
+    "SceneReport",
+    "StopOnSignal",
+]
