@@ -34,7 +34,7 @@ def accuracies(num_classes: int) -> MetricCollection:
         name: MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=-1, validate_args=False)
         for name, k in ranks.items()
     }
-    # Groups are made of metrics that agree on the first batch, which here may be chance.
+    # torchmetrics would group what agrees on the first batch, which may be chance.
     return MetricCollection(metrics, compute_groups=False)
 
 

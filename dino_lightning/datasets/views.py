@@ -114,7 +114,7 @@ class EvaluationViews(Dataset):
 
 
 class CropViews(EvaluationViews):
-    """(epoch, index) → a random crop (C, h, w) of uint8, flipped or not, and label, as a function of (seed, epoch, index) alone.
+    """(epoch, index) → a random crop (C, h, w) of uint8, flipped or not, and label; (seed, epoch, index) alone decides it.
 
     The training views of linear probes and fine-tuning: 8 to 100 % of the area, bilinear (paper, section 4.1). An unreadable
     image is named in the log, and black with label -1.

@@ -88,8 +88,8 @@ def linear(
     results = {name: trained.results() for name, trained in probes.items()}
     width = probes["trained"].heads[0].in_features
     print(
-        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels, {width} features; "
-        "top-1 / top-5 in per cent"
+        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels, "
+        f"{width} features; top-1 / top-5 in per cent"
     )
     rows = [(f"{name:9}  lr {rate:<6g}", result) for name, found in results.items() for rate, result in found.items()]
     print_standings(rows, chosen="rate and the best epoch")
