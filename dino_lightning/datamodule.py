@@ -211,15 +211,19 @@ class MultiCropDataModule(LightningDataModule):
         return views
 
     @property
+    def classes(self) -> list[str] | None:
+        """Names of the training labels 0, 1, ..., where the images have any and ``setup`` was called."""
+        return getattr(self._train_source, "classes", None)
+
+    @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
     def _labelled_loaders(self, query_folders: Sequence[Path]) -> list[DataLoader]:
         bank = self._train_source
-        classes = getattr(bank, "classes", None)
-        for folder in query_folders if classes else []:
+        for folder in query_folders if self.classes else []:
             try:
-                queries = ImageFolder(folder, self.in_chans, classes=classes)
+                queries = ImageFolder(folder, self.in_chans, classes=self.classes)
             except (ValueError, FileNotFoundError) as error:
                 log.warning("%s is not monitored: %s", folder, error)
                 continue

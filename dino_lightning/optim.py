@@ -15,8 +15,13 @@ def param_groups(module: nn.Module) -> list[dict]:
     decayed, undecayed = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (undecayed if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+            (decayed if is_decayed(name, parameter) else undecayed).append(parameter)
     return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+def is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies to a parameter: not to biases and one-dimensional tensors."""
+    return not name.endswith(".bias") and parameter.ndim != 1
 
 
 def build_optimizer(name: str, module: nn.Module, *, weight_decay: float, fused: bool) -> torch.optim.Optimizer:

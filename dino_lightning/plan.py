@@ -43,9 +43,8 @@ class Plan:
     @classmethod
     def of(cls, trainer: Trainer, options: Mapping[str, Any], first_batch_size: int) -> "Plan":
         """The plan of the running fit. ``first_batch_size`` counts where the loader does not tell its batch size."""
-        total_steps, steps_per_epoch = _count_steps(trainer)
-        images = _loader_batch_size(trainer.train_dataloader) or first_batch_size
-        images *= trainer.world_size * trainer.accumulate_grad_batches
+        total_steps, steps_per_epoch = count_steps(trainer)
+        images = count_images(trainer, first_batch_size)
         return cls(
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
@@ -91,7 +90,7 @@ def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the option and both numbers.
     """
-    total_steps, steps_per_epoch = _count_steps(trainer)
+    total_steps, steps_per_epoch = count_steps(trainer)
     for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
         steps = options[name] * steps_per_epoch
         if steps > total_steps and not trainer.fast_dev_run:
@@ -101,7 +100,7 @@ def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
             )
 
 
-def _count_steps(trainer: Trainer) -> tuple[int, int]:
+def count_steps(trainer: Trainer) -> tuple[int, int]:
     """(optimizer steps of the run, optimizer steps of an epoch)."""
     if math.isinf(trainer.num_training_batches):
         raise ValueError(
@@ -117,6 +116,22 @@ def _count_steps(trainer: Trainer) -> tuple[int, int]:
     return int(total), math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
-def _loader_batch_size(loader: Any) -> int | None:
-    """Images in a micro-batch on this device, or None if the loader does not say."""
-    return getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+def count_images(trainer: Trainer, first_batch_size: int | None = None) -> int:
+    """Images of an optimizer step: of a batch × devices × accumulated batches.
+
+    Args:
+        trainer: of the running fit, with its training loader.
+        first_batch_size: counts where the loader does not tell its batch size.
+
+    Raises:
+        ValueError: if neither tells.
+    """
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    size = size or first_batch_size
+    if size is None:
+        raise ValueError(
+            "the learning rate is scaled by the images of a step, but the training loader does not tell its batch size; "
+            "give it an attribute batch_size"
+        )
+    return size * trainer.world_size * trainer.accumulate_grad_batches

@@ -52,3 +52,33 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (80, 60), fir
 def image_folder(tmp_path):
     """A folder of 24 JPEG images."""
     return write_images(tmp_path / "images", 24)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory):
+    """The path of a checkpoint of ``dino-lightning fit``: a ViT of width 24 and 2 blocks for images of 32×32, hardly trained."""
+    from dino_lightning.cli import main
+
+    folder = tmp_path_factory.mktemp("small")
+    write_images(folder / "images", 4)
+    main([
+        "fit", "--data.root", str(folder / "images"), "--data.batch_size", "4", "--data.num_workers", "0",
+        "--data.global_crops_size", "32", "--data.local_crops_number", "0",
+        "--model.backbone", "dino_lightning.VisionTransformer", "--model.backbone.img_size", "32",
+        "--model.backbone.patch_size", "8", "--model.backbone.embed_dim", "24", "--model.backbone.depth", "2",
+        "--model.backbone.num_heads", "2", "--model.backbone.drop_path_rate", "0.1", "--model.out_dim", "16",
+        "--model.hidden_dim", "16", "--model.warmup_epochs", "0", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+        "--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--trainer.enable_model_summary", "false",
+    ])  # fmt: skip
+    return str(folder / "checkpoints" / "last.ckpt")
+
+
+def two_colours(root: Path, counts: tuple[int, int] = (8, 4)) -> Path:
+    """Class folders a and b of red and of blue images, for training and queries."""
+    for split, count in zip(("train", "val"), counts):
+        for name, colour in (("a", (200, 30, 30)), ("b", (30, 30, 200))):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (48, 40), tuple(c + 4 * i for c in colour)).save(folder / f"{i}.jpg")
+    return root

@@ -48,6 +48,7 @@ def test_two_ranks_equal_one_process_of_the_whole_batch(folder, scenario):
             torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{key}: {m}")
     # The k-NN is exact, without duplicates; RankMe is as exact as the features that it decomposes.
     assert "val/knn_top1" in one["metrics"]
+    assert ranks[0]["metrics"] == ranks[1]["metrics"], "a checkpoint may monitor them on every rank"
     assert ranks[0]["metrics"] == {**one["metrics"], "val/rank_me": pytest.approx(one["metrics"]["val/rank_me"], rel=1e-5)}
     said = "resumed on 2 device(s) with 1 accumulated batches, before it were 1 and 1" in done.stderr
     assert said == (scenario == "resume")

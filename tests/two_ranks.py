@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.callbacks import CollapseDoctor, OnlineKNN
+from dino_lightning.callbacks import CollapseDoctor, OnlineKNN, OnlineProbe
 
 
 class PoisonLastRank(Callback):
@@ -59,7 +59,8 @@ def train(
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics}
+    probes = [callback.state_dict() for callback in callbacks if isinstance(callback, OnlineProbe)]
+    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
 if __name__ == "__main__":
@@ -71,7 +72,7 @@ if __name__ == "__main__":
         teacher_temp=2.0 if scenario == "sick" else 0.04,
         accumulate_grad_batches=2 if accumulated else 1,
         limit_train_batches=8 if accumulated else None,
-        callbacks={"nan": [PoisonLastRank()], "sick": [CollapseDoctor(stop=True)]}.get(scenario, []),
+        callbacks={"nan": [PoisonLastRank()], "probe": [OnlineProbe()], "sick": [CollapseDoctor(stop=True)]}.get(scenario, []),
         max_epochs=30 if scenario == "sick" else 2,
         ckpt_path=folder / "step=3.ckpt" if scenario == "resume" else None,
         backbone="resnet18" if scenario == "cnn" else None,

@@ -4,6 +4,7 @@ from dino_lightning.callbacks.attention_maps import AttentionMaps
 from dino_lightning.callbacks.doctor import CollapseDoctor
 from dino_lightning.callbacks.feature_writer import FeatureWriter
 from dino_lightning.callbacks.online_knn import OnlineKNN
+from dino_lightning.callbacks.online_probe import OnlineProbe
 from dino_lightning.callbacks.progress import ProgressBar
 from dino_lightning.callbacks.run_config import RunConfig
 from dino_lightning.callbacks.scene_report import SceneReport
@@ -15,6 +16,7 @@ __all__ = [
     "CollapseDoctor",
     "FeatureWriter",
     "OnlineKNN",
+    "OnlineProbe",
     "ProgressBar",
     "RunConfig",
     "SceneReport",

@@ -60,8 +60,9 @@ class OnlineKNN(Callback):
             return
         gathered = [_gather(trainer, loader, batches) for loader, batches in zip(loaders, (bank, queries))]
         top1, top5 = knn_accuracy(*gathered[0], *gathered[1], k=self.k, temperature=self.temperature)
-        pl_module.log_dict({f"{stage}/knn_top1": top1, f"{stage}/knn_top5": top5}, prog_bar=True, rank_zero_only=True)
-        pl_module.log(f"{stage}/rank_me", rank_me(gathered[0][0]), rank_zero_only=True)
+        # The same numbers on every rank, and logged on every rank, so that callbacks can monitor them on each.
+        pl_module.log_dict({f"{stage}/knn_top1": top1, f"{stage}/knn_top5": top5}, prog_bar=True, sync_dist=True)
+        pl_module.log(f"{stage}/rank_me", rank_me(gathered[0][0]), sync_dist=True)
 
 
 def _gather(trainer: Trainer, loader: DataLoader, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:

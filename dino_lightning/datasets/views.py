@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
+from torchvision.transforms.v2.functional import resized_crop
 
 from dino_lightning.datasets.decode import UnreadableImage, as_array
-from dino_lightning.multicrop import MultiCrop, center_view
+from dino_lightning.multicrop import MultiCrop, center_view, crop_box
 from dino_lightning.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,30 @@ class EvaluationViews(Dataset):
             log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
             return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
         return center_view(image, self.size), label
+
+
+class CropViews(EvaluationViews):
+    """(epoch, index) → a random crop (C, h, w) of uint8, flipped or not, and label; (seed, epoch, index) alone decides it.
+
+    The training views of linear probes and fine-tuning: 8 to 100 % of the area, bilinear (paper, section 4.1). An unreadable
+    image is named in the log, and black with label -1.
+    """
+
+    def __init__(self, source: Dataset, size: tuple[int, int], in_chans: int, seed: int) -> None:
+        super().__init__(source, size, in_chans)
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        try:
+            image, label = load(self.source, index, self.in_chans)
+        except _UNREADABLE as error:
+            log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
+            return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
+        random = generator(self.seed, epoch, index)
+        box = crop_box(*image.shape[:2], (0.08, 1.0), random)
+        view = resized_crop(torch.from_numpy(image).permute(2, 0, 1), *box, list(self.size), antialias=True)
+        return view.flip(-1) if random.random() < 0.5 else view, label
 
 
 class PredictionViews(EvaluationViews):

@@ -50,7 +50,7 @@ def untrained(module: DINOModule) -> nn.Module:
     """Its backbone as it was before training, with other random numbers."""
     if module.backbone_name is None:
         return redrawn(module.teacher.backbone)
-    shape = {name: module.options[name] for name in ("patch_size", "img_size", "in_chans")}
+    shape = {name: module.options[name] for name in ("patch_size", "img_size", "in_chans", "drop_path_rate")}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         backbone = build(module.backbone_name, **shape)

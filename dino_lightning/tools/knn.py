@@ -1,14 +1,13 @@
 """``dino-lightning knn``: k-NN accuracy of a checkpoint."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor
 
-from dino_lightning.datasets import ImageFolder
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.features import extract_features, raw_pixels
 from dino_lightning.tools.checkpoint import load_module, training_size, untrained
+from dino_lightning.tools.folders import labelled_folders
 
 
 def knn(
@@ -44,14 +43,7 @@ def knn(
     """
     module = load_module(checkpoint)
     in_chans = module.options["in_chans"]
-    names = [queries] if queries else ["val", "validation", "test"]
-    folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(f"there is no folder of queries in {root}; looked for {', '.join(names)}")
-    bank = ImageFolder(Path(root) / "train", in_chans)
-    if bank.classes is None:
-        raise ValueError(f"{bank.root} has no class folders; k-NN needs labels")
-    query = ImageFolder(folder, in_chans, classes=bank.classes)
+    bank, query = labelled_folders(root, queries, in_chans)
     size = training_size(module) if image_size is None else (image_size, image_size)
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:

@@ -1,0 +1,99 @@
+"""Labelled data to train classifiers on: images, or features that were extracted once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dino_lightning.datasets.views import CropViews, EvaluationViews
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.sampler import EpochSampler, training_position
+
+
+class LabelledDataModule(LightningDataModule):
+    """(images (B, C, H, W), labels (B,)): random crops, flipped or not, of the training images, centre views of the queries.
+
+    What an image becomes depends on the seed, the epoch and its index alone. An unreadable one is named in the log and has
+    label -1, as what has no label.
+
+    Args:
+        train: yields (image, label), for example a ``datasets.ImageFolder``.
+        queries: to validate with, likewise.
+        size: (H, W) in pixels.
+        in_chans: channels of the images.
+        batch_size: images per device in a batch.
+        num_workers: worker processes.
+        mean: per channel, in [0, 1], as in the training of the backbone; by default ImageNet's, or 0.5 for other channel counts.
+        std: likewise.
+        seed: of order and crops.
+    """
+
+    def __init__(
+        self,
+        train: Dataset,
+        queries: Dataset,
+        size: tuple[int, int],
+        in_chans: int = 3,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
+        self.std = channel_numbers("std", std, IMAGENET_STD, in_chans)
+        self._train = CropViews(train, size, in_chans, seed)
+        self._queries = EvaluationViews(queries, size, in_chans)
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        sampler = EpochSampler(
+            self._train,
+            self.batch_size,
+            trainer.world_size if trainer else 1,
+            trainer.global_rank if trainer else 0,
+            self.seed,
+            position=(lambda: training_position(trainer)) if trainer else None,
+        )
+        return self._loader(self._train, sampler=sampler, persistent_workers=self.num_workers > 0)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self._queries)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        images, labels = batch
+        return normalize(images, self.mean, self.std), labels
+
+    def _loader(self, views: Dataset, **options: Any) -> DataLoader:
+        pin = torch.cuda.is_available()
+        return DataLoader(views, self.batch_size, num_workers=self.num_workers, pin_memory=pin, **options)
+
+
+class CachedFeatures(Dataset):
+    """Features (N, F) and labels (N,) as a Dataset whose batches are taken out at once: ``loader`` makes them."""
+
+    def __init__(self, features: Tensor, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.features[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        return self.features[indices], self.labels[indices]
+
+    def loader(self, batch_size: int, shuffle: bool = False, seed: int = 0) -> DataLoader:
+        """Batches (features (B, F), labels (B,)), in an order that depends on the seed."""
+        order = torch.Generator().manual_seed(seed)
+        return DataLoader(self, batch_size, shuffle=shuffle, generator=order, collate_fn=_as_it_is)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,22 @@
+"""Where the tools find labelled images."""
+
+from pathlib import Path
+
+from dino_lightning.datasets import ImageFolder
+
+
+def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[ImageFolder, ImageFolder]:
+    """``root/train`` and the folder of queries, ``root/QUERIES`` or the first of val, validation and test that there is.
+
+    Raises:
+        FileNotFoundError: if one of them is missing.
+        ValueError: if train/ has no class folders, or the queries have other ones.
+    """
+    names = [queries] if queries else ["val", "validation", "test"]
+    folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"there is no folder of queries in {root}; looked for {', '.join(names)}")
+    train = ImageFolder(Path(root) / "train", in_chans)
+    if train.classes is None:
+        raise ValueError(f"{train.root} has no class folders, whose names are the labels; make one for each class")
+    return train, ImageFolder(folder, in_chans, classes=train.classes)
