@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 torch.set_num_threads(1)  # the networks here are tiny: threads would only wait for each other
@@ -52,3 +53,22 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (80, 60), fir
 def image_folder(tmp_path):
     """A folder of 24 JPEG images."""
     return write_images(tmp_path / "images", 24)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Two checkpoints of ``dino-lightning fit``: a ViT of 2 blocks, width 24, 32-pixel crops, from two seeds."""
+    from dino_lightning.cli import main
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_images(root / "images", 4)
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+    data = {"root": str(root / "images"), "batch_size": 4, "num_workers": 0, "global_crops_size": 32, "local_crops_number": 0}
+    backbone = {"class_path": "dino_lightning.VisionTransformer", "init_args": vit}
+    model = {"backbone": backbone, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 0}
+    trainer = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    (root / "small.yaml").write_text(yaml.safe_dump({"data": data, "model": model, "trainer": trainer}))
+    for seed in "01":
+        folder = ("--trainer.default_root_dir", str(root / seed))
+        main(["fit", "--config", str(root / "small.yaml"), "--seed_everything", seed, *folder])
+    return [str(next((root / seed).rglob("last.ckpt"))) for seed in "01"]

@@ -1,6 +1,17 @@
-"""The commands beside fit: functions whose arguments are the command line's, called on checkpoints."""
+"""The commands beside fit: functions whose arguments are the command line's, called on checkpoints and features."""
 
 from dino_lightning.tools.attention import attention
+from dino_lightning.tools.clusters import clusters
+from dino_lightning.tools.duplicates import duplicates
+from dino_lightning.tools.extract import extract
 from dino_lightning.tools.knn import knn
+from dino_lightning.tools.neighbors import neighbors
 
-TOOLS = {"attention": attention, "knn": knn}
+TOOLS = {
+    "attention": attention,
+    "clusters": clusters,
+    "duplicates": duplicates,
+    "extract": extract,
+    "knn": knn,
+    "neighbors": neighbors,
+}
