@@ -10,6 +10,7 @@ from torch.nn import functional as F
 _HEAT = np.array([[0, 0, 4], [80, 18, 123], [187, 55, 84], [249, 142, 9], [252, 255, 164]])  # dark to bright, evenly spaced
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 _GAP = 6  # pixels between cells
+_CAPTION = 12  # pixels of a caption's letters
 
 
 def rgb(image: Tensor) -> np.ndarray:
@@ -67,6 +68,19 @@ def sheet(
                 resample = Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS
                 page.paste(Image.fromarray(cells[column]).resize((width, height), resample), corner)
     return page
+
+
+def captioned(image: np.ndarray, caption: str, lines: int) -> np.ndarray:
+    """Colours (H, W, 3) of uint8 with room for ``lines`` lines of text below; a longer caption ends in an ellipsis."""
+    font, line = ImageFont.load_default(_CAPTION), round(_CAPTION * 1.4)
+    height, width = image.shape[:2]
+    shown = _wrapped(caption, font, width - _GAP).split("\n")  # not up to the next one's
+    if len(shown) > lines:
+        shown[lines - 1 :] = [shown[lines - 1][:-1] + "…"]
+    page = Image.new("RGB", (width, height + lines * line), _PAPER)
+    page.paste(Image.fromarray(image))
+    ImageDraw.Draw(page).multiline_text((0, height), "\n".join(shown), _INK, font)
+    return np.asarray(page)
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont, width: int) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 torch.set_num_threads(1)  # the networks here are tiny: threads would only wait for each other
@@ -55,22 +56,28 @@ def image_folder(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def small_checkpoint(tmp_path_factory):
-    """The path of a checkpoint of ``dino-lightning fit``: a ViT of width 24 and 2 blocks for images of 32×32, hardly trained."""
+def checkpoints(tmp_path_factory):
+    """Two checkpoints of ``dino-lightning fit``: a ViT of 2 blocks, width 24, 32-pixel crops, from two seeds."""
     from dino_lightning.cli import main
 
-    folder = tmp_path_factory.mktemp("small")
-    write_images(folder / "images", 4)
-    main([
-        "fit", "--data.root", str(folder / "images"), "--data.batch_size", "4", "--data.num_workers", "0",
-        "--data.global_crops_size", "32", "--data.local_crops_number", "0",
-        "--model.backbone", "dino_lightning.VisionTransformer", "--model.backbone.img_size", "32",
-        "--model.backbone.patch_size", "8", "--model.backbone.embed_dim", "24", "--model.backbone.depth", "2",
-        "--model.backbone.num_heads", "2", "--model.backbone.drop_path_rate", "0.1", "--model.out_dim", "16",
-        "--model.hidden_dim", "16", "--model.warmup_epochs", "0", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
-        "--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--trainer.enable_model_summary", "false",
-    ])  # fmt: skip
-    return str(folder / "checkpoints" / "last.ckpt")
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_images(root / "images", 4)
+    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path_rate": 0.1}
+    data = {"root": str(root / "images"), "batch_size": 4, "num_workers": 0, "global_crops_size": 32, "local_crops_number": 0}
+    backbone = {"class_path": "dino_lightning.VisionTransformer", "init_args": vit}
+    model = {"backbone": backbone, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 0}
+    trainer = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_progress_bar": False}
+    (root / "small.yaml").write_text(yaml.safe_dump({"data": data, "model": model, "trainer": trainer}))
+    for seed in "01":
+        folder = ("--trainer.default_root_dir", str(root / seed))
+        main(["fit", "--config", str(root / "small.yaml"), "--seed_everything", seed, *folder])
+    return [str(next((root / seed).rglob("last.ckpt"))) for seed in "01"]
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(checkpoints):
+    """The first of them."""
+    return checkpoints[0]
 
 
 def two_colours(root: Path, counts: tuple[int, int] = (8, 4)) -> Path:

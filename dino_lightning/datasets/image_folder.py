@@ -35,7 +35,7 @@ class ImageFolder(Dataset):
         names = _list_images(self.root)
         self.classes = list(classes) if classes is not None else _classes_among(names)
         self.labels = _labels(names, self.classes, self.root) if self.classes is not None else None
-        self._names, self._ends = _pack(names)
+        self._names, self._ends = pack_names(names)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -147,7 +147,7 @@ def _labels(names: list[str], classes: list[str], root: str) -> np.ndarray:
     return np.array([label_of[folder] for folder in folders], dtype=np.int64)
 
 
-def _pack(names: list[str]) -> tuple[bytes, np.ndarray]:
+def pack_names(names: list[str]) -> tuple[bytes, np.ndarray]:
     """The names in one bytes object, and where they end: name i is [ends[i]:ends[i + 1]].
 
     DataLoader workers are forks that share the parent's memory until it is written to, and reading a Python object

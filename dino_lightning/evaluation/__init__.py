@@ -2,5 +2,6 @@
 
 from dino_lightning.evaluation.knn import knn_accuracy
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
+from dino_lightning.evaluation.neighbors import near_duplicates, nearest
 
-__all__ = ["knn_accuracy", "linear_protocol", "probe_features"]
+__all__ = ["knn_accuracy", "linear_protocol", "near_duplicates", "nearest", "probe_features"]

@@ -1,6 +1,6 @@
 """Features of data sets: of a network, and of the raw pixels to compare with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dino_lightning.datasets.views import EvaluationViews
+from dino_lightning.datasets.views import EvaluationViews, PredictionViews
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 
 
@@ -44,6 +44,38 @@ def extract_features(
         features.append(network(normalize(images.to(device), mean, std)))
         labels.append(label.to(device))
     return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def features_with_paths(
+    network: Callable[[Tensor], Tensor],
+    source: Dataset,
+    *,
+    size: tuple[int, int],
+    in_chans: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+) -> Iterator[tuple[Tensor | None, list[str]]]:
+    """Of each batch of ``source`` in order, the features (b, ...) of its readable images, on the device, and their b paths.
+
+    Without any readable image the features are None. The log names the unreadable ones.
+
+    Args:
+        network: images (B, C, H, W), normalised, → features (B, ...).
+        source: yields images; ``source.path(i)`` names them.
+        size: (H, W) of the centre view, as in ``extract_features``.
+        start: index of the first image.
+    """
+    views = PredictionViews(source, size, in_chans)
+    loader = DataLoader(
+        views, batch_size, sampler=range(start, len(views)), num_workers=num_workers, collate_fn=views.collate
+    )
+    for images, paths in loader:
+        yield network(normalize(images.to(device), mean, std)) if paths else None, paths
 
 
 def raw_pixels(images: Tensor) -> Tensor:

@@ -1,8 +1,21 @@
-"""The commands beside fit: functions whose arguments are the command line's, called on checkpoints."""
+"""The commands beside fit: functions whose arguments are the command line's, called on checkpoints and features."""
 
 from dino_lightning.tools.attention import attention
+from dino_lightning.tools.clusters import clusters
+from dino_lightning.tools.duplicates import duplicates
+from dino_lightning.tools.extract import extract
 from dino_lightning.tools.finetune import finetune
 from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
+from dino_lightning.tools.neighbors import neighbors
 
-TOOLS = {"attention": attention, "finetune": finetune, "knn": knn, "linear": linear}
+TOOLS = {
+    "attention": attention,
+    "clusters": clusters,
+    "duplicates": duplicates,
+    "extract": extract,
+    "finetune": finetune,
+    "knn": knn,
+    "linear": linear,
+    "neighbors": neighbors,
+}

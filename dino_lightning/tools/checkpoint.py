@@ -1,4 +1,6 @@
-"""What the tools need of a checkpoint: the module on the device, the size it was trained at, its network untrained."""
+"""What the tools need of a checkpoint: the module on the device, its training size, its weights' hash, its network untrained."""
+
+import hashlib
 
 import pickle
 from pathlib import Path
@@ -44,6 +46,15 @@ def training_size(module: DINOModule) -> tuple[int, int]:
     if isinstance(backbone, VisionTransformer):
         return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def weights_hash(module: DINOModule) -> str:
+    """SHA-256 (hexadecimal) of the teacher's backbone, on which its features depend: names, shapes and bytes of its state."""
+    digest = hashlib.sha256()
+    for name, value in module.teacher.backbone.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def untrained(module: DINOModule) -> nn.Module:

@@ -1,0 +1,141 @@
+"""``dino-lightning extract``: features of images out of a checkpoint, into files."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dino_lightning
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.datasets import ImageFiles
+from dino_lightning.evaluation.features import features_with_paths
+from dino_lightning.module import DINOModule
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
+from dino_lightning.tools.checkpoint import load_module, training_size, weights_hash
+from dino_lightning.tools.feature_folder import FEATURES, FeatureFolder
+from dino_lightning.tools.parquet import check_pyarrow, write_parquet
+
+
+def extract(
+    *images: str,
+    checkpoint: str,
+    output: str = "features",
+    what: Literal["cls", "patches", "layers"] = "cls",
+    n_blocks: int = 4,
+    parquet: bool = False,
+    image_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> None:
+    """Writes the teacher's features of images; the same command goes on with an interrupted extraction.
+
+    Args:
+        images: image files, and folders of them, flat or nested. An image named twice counts once; an unreadable one is named
+            in the log and left out.
+        checkpoint: a checkpoint of dino-lightning fit.
+        output: folder of features.npy (float32, a row for each image), paths.txt (line i names the image of row i) and
+            features.json (what they are of: hash of the weights, size, mean, ...).
+        what: cls, the features (N, D): a ViT's class token after the last block; patches, its patches after the last block
+            (N, D, h, w); layers, its class tokens after the last n blocks (N, n, D), oldest first.
+        n_blocks: n of layers.
+        parquet: also features.parquet, with columns path and feature, of cls (needs pyarrow).
+        image_size: pixels of the images' side; by default that of the training's global crops.
+        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        std: per channel, likewise.
+        batch_size: images at a time. Another one gives the same features up to rounding.
+        num_workers: worker processes.
+    """
+    if parquet and what != "cls":
+        raise ValueError(f"parquet is for what=cls, one vector an image, got what={what}; leave one of the two out")
+    if parquet:
+        check_pyarrow()
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    module = load_module(checkpoint)
+    in_chans = module.options["in_chans"]
+    source = ImageFiles(images, in_chans, without=[os.path.abspath(Path(output) / FEATURES)])  # .npy may be an image
+    network = _network(module, what, n_blocks, checkpoint)
+    views = {
+        "size": training_size(module) if image_size is None else (image_size, image_size),
+        "in_chans": in_chans,
+        "mean": channel_numbers("mean", mean, IMAGENET_MEAN, in_chans),
+        "std": channel_numbers("std", std, IMAGENET_STD, in_chans),
+    }
+    facts = {
+        "checkpoint": os.path.abspath(checkpoint),
+        "weights_sha256": weights_hash(module),
+        "what": what,
+        "n_blocks": n_blocks if what == "layers" else None,
+        **views,
+        "images": len(source),
+        "images_sha256": _names_hash(source),
+        "dino_lightning": dino_lightning.__version__,
+    }
+    with torch.no_grad():
+        example = network(torch.zeros(1, in_chans, *views["size"], device=module.device))
+    folder = FeatureFolder(output, facts, tuple(example.shape[1:]))
+    if not folder.complete:
+        batches = features_with_paths(
+            network,
+            source,
+            **views,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=module.device,
+            start=folder.done,
+        )
+        with folder, tqdm(total=len(source), initial=folder.done, desc="extract", unit="image") as bar:
+            for features, paths in batches:
+                count = min(batch_size, len(source) - folder.done)
+                folder.append(features, paths, unreadable=count - len(paths))
+                bar.update(count)
+            if not folder.rows:
+                raise ValueError(f"none of the {len(source)} images could be read; the log says why")
+            folder.finish()
+    if parquet:
+        write_parquet(folder.folder)
+    print(
+        f"features of {folder.rows} images, {' × '.join(map(str, folder.row_shape))} numbers each, in {output}"
+        + (f"; {folder.unreadable} could not be read" if folder.unreadable else "")
+    )
+
+
+def _network(module: DINOModule, what: str, n_blocks: int, checkpoint: str) -> Callable[[Tensor], Tensor]:
+    """Normalised images (B, C, H, W) → their features (B, ...)."""
+    if what == "cls":
+        return module
+    vit = module.teacher.backbone
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(f"{what} needs a ViT of this package, but {checkpoint} holds a {type(vit).__name__}; it has --what cls")
+    if what == "layers":
+        if not 1 <= n_blocks <= len(vit.blocks):
+            raise ValueError(f"n_blocks must lie between 1 and {len(vit.blocks)}, the depth of the ViT, got {n_blocks}")
+        return lambda images: torch.stack([tokens[:, 0] for tokens in vit.get_intermediate_layers(images, n_blocks)], dim=1)
+
+    def patches(images: Tensor) -> Tensor:
+        """(B, D, h, w)."""
+        (tokens,) = vit.get_intermediate_layers(images, 1)
+        grid = [side // vit.patch_size for side in images.shape[-2:]]
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+    return patches
+
+
+def _names_hash(source: ImageFiles) -> str:
+    """SHA-256 of the paths, in their order."""
+    digest = hashlib.sha256()
+    for i in range(len(source)):
+        path = os.fsencode(source.path(i))
+        if b"\n" in path or b"\r" in path:
+            raise ValueError(f"the name {source.path(i)!r} has a line break, and paths.txt a line for each image; rename it")
+        digest.update(path + b"\n")
+    return digest.hexdigest()
