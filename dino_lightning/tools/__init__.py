@@ -2,5 +2,6 @@
 
 from dino_lightning.tools.attention import attention
 from dino_lightning.tools.knn import knn
+from dino_lightning.tools.video import video
 
-TOOLS = {"attention": attention, "knn": knn}
+TOOLS = {"attention": attention, "knn": knn, "video": video}
