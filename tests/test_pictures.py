@@ -19,7 +19,7 @@ from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.attention import best_head_iou
 from dino_lightning.multicrop import center_view, whole_view
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
+from dino_lightning.pictures import cut_out, framed, heat_map, rgb, sheet
 from dino_lightning.tools.attention import attention
 
 
@@ -49,6 +49,19 @@ def test_heat_is_brightest_where_the_attention_is():
     assert drawn.shape == (32, 48)
     assert np.unravel_index(drawn.argmax(), drawn.shape) >= (24, 0) and drawn[28, 4] > 400 > 200 > drawn[4, 40]
     assert heat_map(image, torch.ones(4, 6)).shape == (32, 48, 3), "the same everywhere is no division by zero"
+
+
+def test_heat_of_one_range_is_comparable_between_images():
+    image = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    weak, strong = (heat_map(image, torch.tensor([[0.1, top]]), (0.1, 0.9)).astype(int).sum(axis=-1) for top in (0.3, 5.0))
+    assert weak[0, 0] == strong[0, 0] and weak.max() < 400 < strong.max(), "what lies above the range is as bright as its end"
+
+
+def test_framed_keeps_the_proportions():
+    red = np.full((20, 40, 3), (255, 0, 0), dtype=np.uint8)
+    cell = framed(red, (60, 60))
+    assert cell.shape == (60, 60, 3) and (cell == (255, 0, 0)).all(axis=-1).sum() == 30 * 60
+    assert (cell[0] == 255).all() and (cell[30] == (255, 0, 0)).all()
 
 
 def test_cut_out_darkens_what_is_outside():
@@ -90,10 +103,11 @@ def test_attention_is_drawn_before_during_and_after_training(tmp_path, image_fol
     run = trainer(tmp_path / "run", AttentionMaps(every_n_epochs=2, count=3), max_epochs=3, logger=False)
     run.fit(module(), data(root=image_folder))
     drawn = sorted((tmp_path / "run/pictures").iterdir())
-    assert [path.name for path in drawn] == [f"attention_{step:07d}.png" for step in (0, 12, 18)]
-    first, _, last = (np.asarray(Image.open(path)).astype(int) for path in drawn)
-    assert first.shape == last.shape and (first != last).any()
-    assert (first[50:200, :150] == last[50:200, :150]).all(), "of the same images"
+    assert [path.name for path in drawn] == [f"{name}_{step:07d}.png" for name in ("attention", "pca") for step in (0, 12, 18)]
+    for first, _, last in (drawn[:3], drawn[3:]):
+        first, last = (np.asarray(Image.open(path)).astype(int) for path in (first, last))
+        assert first.shape == last.shape and (first != last).any()
+        assert (first[80:200, 6:150] == last[80:200, 6:150]).all(), "of the same images"
 
 
 def test_a_resumed_run_does_not_draw_the_beginning_again(tmp_path, image_folder):
@@ -102,7 +116,8 @@ def test_a_resumed_run_does_not_draw_the_beginning_again(tmp_path, image_folder)
     first.save_checkpoint(tmp_path / "one.ckpt")
     again = trainer(tmp_path / "again", AttentionMaps(), max_epochs=2, logger=False)
     again.fit(module(), data(root=image_folder), ckpt_path=tmp_path / "one.ckpt")
-    assert [path.name for path in (tmp_path / "again/pictures").iterdir()] == ["attention_0000012.png"]
+    drawn = sorted(path.name for path in (tmp_path / "again/pictures").iterdir())
+    assert drawn == ["attention_0000012.png", "pca_0000012.png"]
 
 
 def test_examples_are_evenly_spaced_queries_or_training_images(tmp_path, image_folder):
@@ -124,23 +139,38 @@ def test_examples_are_evenly_spaced_queries_or_training_images(tmp_path, image_f
 
 def test_attention_maps_leave_other_runs_alone(tmp_path, image_folder, caplog):
     caplog.set_level("INFO")
-    run = trainer(tmp_path / "cnn", AttentionMaps(), max_epochs=1, logger=False)
-    run.fit(module(backbone=torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())), data(root=image_folder))
+    run = trainer(tmp_path / "pooled", AttentionMaps(), max_epochs=1, logger=False)
+    run.fit(module(backbone=torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())), data(root=image_folder))
     batches = torch.utils.data.DataLoader([[torch.rand(3, 32, 32)] * 2] * 8, batch_size=4)
     trainer(tmp_path / "loader", AttentionMaps(), max_epochs=1, logger=False).fit(module(), batches)
     assert not list(tmp_path.rglob("pictures"))
-    for reason in ("the backbone is no ViT", "the data do not come from a MultiCropDataModule"):
+    for reason in ("Sequential has no last feature map", "the data do not come from a MultiCropDataModule"):
         assert f"no pictures of attention: {reason}" in caplog.text
     with pytest.raises(ValueError, match="at least 1, got 0 and 4"):
         AttentionMaps(every_n_epochs=0)
 
 
-@pytest.fixture
-def checkpoint(tmp_path, image_folder):
-    run = trainer(tmp_path / "run", max_epochs=1, logger=False)
-    run.fit(module(backbone="vit_tiny", img_size=32, patch_size=8), data(root=image_folder))
-    run.save_checkpoint(tmp_path / "module.ckpt")
-    return tmp_path / "module.ckpt"
+def test_a_cnn_is_drawn_and_trains_as_without_pictures(tmp_path, image_folder):
+    states = []
+    for callbacks in ([AttentionMaps(every_n_epochs=1)], []):
+        torch.manual_seed(0)
+        network = module(backbone="resnet18", img_size=32)
+        trainer(tmp_path / f"run{len(states)}", *callbacks, max_epochs=1, limit_train_batches=2, logger=False).fit(
+            network, data(root=image_folder)
+        )
+        states.append(network.state_dict())
+    drawn = sorted(path.name for path in (tmp_path / "run0/pictures").iterdir())
+    assert drawn == [f"{name}_{step:07d}.png" for name in ("attention", "pca") for step in (0, 2)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    run = trainer(folder / "run", max_epochs=1, logger=False)
+    run.fit(module(backbone="vit_tiny", img_size=32, patch_size=8), data(root=write_images(folder / "images", 24)))
+    run.save_checkpoint(folder / "module.ckpt")
+    return folder / "module.ckpt"
 
 
 @pytest.fixture
@@ -157,7 +187,7 @@ def photos(tmp_path, monkeypatch):
 
 def test_attention_command_draws_and_measures_what_evaluation_says(photos, checkpoint, capsys):
     main(["attention", "photos", "--checkpoint", str(checkpoint), "--output", "maps", "--masks", "masks"])
-    assert sorted(path.name for path in Path("maps").iterdir()) == ["0000_attention.png", "0000_attention_2.png"]
+    assert sorted(path.name for path in Path("maps").iterdir()) == ["0000_attention.png", "0000_attention_2.png", "pca.png"]
     vit = DINOModule.load_from_checkpoint(checkpoint).eval().teacher.backbone
     expected = []
     for name in "ab":
@@ -167,7 +197,7 @@ def test_attention_command_draws_and_measures_what_evaluation_says(photos, check
         truth = torch.from_numpy(np.asarray(Image.open(f"masks/{name}/0000.png")) > 0)
         expected.append(best_head_iou(maps, truth[None]).item())
     said = capsys.readouterr().out
-    assert "2 pictures in maps" in said and abs(float(said.split()[-1]) - np.mean(expected)) < 1e-3
+    assert "2 pictures in maps, and maps/pca.png" in said and abs(float(said.split()[-1]) - np.mean(expected)) < 1e-3
 
 
 def test_attention_command_takes_its_options_to_heart(photos, checkpoint):
@@ -192,9 +222,54 @@ def test_attention_command_leaves_the_images_alone(photos, checkpoint, caplog):
     assert "broken.jpg" in caplog.text
 
 
+def test_attention_command_leaves_another_pca_png_alone(photos, checkpoint):
+    for _ in range(2):  # its own may be overwritten
+        attention("photos", checkpoint=str(checkpoint), output="maps")
+    Image.new("RGB", (9, 9)).save("maps/pca.png")
+    with pytest.raises(FileExistsError, match=r"maps/pca\.png is not a picture of this command"):
+        attention("photos", checkpoint=str(checkpoint), output="maps")
+    attention("photos", checkpoint=str(checkpoint), output="maps", pca=0)
+    assert Image.open("maps/pca.png").size == (9, 9)
+
+
+def test_pca_picture_shows_the_first_images(photos, checkpoint):
+    write_images(photos / "c", 1, size=(50, 90))
+    write_images(photos / "d", 3)
+
+    def pca_size(count):
+        attention("photos", checkpoint=str(checkpoint), output=f"maps{count}", pca=count)
+        return Image.open(f"maps{count}/pca.png").size
+
+    (w2, h2), (w3, h3), (w6, h6) = pca_size(2), pca_size(3), pca_size(6)
+    assert w2 == w3 == 6 + 4 * 156 and h3 - h2 == 3 * 156 - 2 * 92, "with an upright image the cells are squares"
+    assert w6 == 6 + 8 * 156 and h6 == h3, "more than four stand two in a row"
+    assert not list(Path("maps2").glob("pca_*")) and len(list(Path("maps2").glob("*_attention*.png"))) == 6
+
+
+def test_attention_command_draws_the_feature_norm_of_a_cnn(photos, image_folder, capsys):
+    run = trainer("cnn", max_epochs=1, limit_train_batches=1, logger=False)
+    run.fit(module(backbone="resnet18", img_size=32), data(root=image_folder))
+    run.save_checkpoint("cnn.ckpt")
+    main(["attention", "photos", "--checkpoint", "cnn.ckpt", "--output", "maps", "--masks", "masks", "--image_size", "64"])
+    network = DINOModule.load_from_checkpoint("cnn.ckpt").teacher.backbone.eval()
+    expected = []
+    for name in "ab":
+        image = whole_view(read_image(photos / name / "0000.jpg"), 64, 32)[None]
+        assert image.shape[2:] == (64, 128)
+        maps = []
+        with torch.no_grad():
+            network.layer4.register_forward_hook(lambda *passed: maps.append(passed[2].norm(dim=1, keepdim=True)))
+            network(normalize(image, IMAGENET_MEAN, IMAGENET_STD))
+        truth = torch.from_numpy(np.asarray(Image.open(f"masks/{name}/0000.png")) > 0)
+        expected.append(best_head_iou(maps[0], truth[None]).item())
+    assert abs(float(capsys.readouterr().out.split()[-1]) - np.mean(expected)) < 1e-3
+    assert len(list(Path("maps").iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        (["photos", "--pca", "-1"], ValueError, "pca must be a number of images, .* got -1"),
         (["photos/c.jpg"], FileNotFoundError, "no image 'photos/c.jpg'"),
         (["photos", "--masks", "none"], FileNotFoundError, r"no mask a/0000 \(.png, .* in none"),
         (["photos/a/0000.jpg", "--masks", "empty"], ValueError, r"0000\.png marks nothing"),

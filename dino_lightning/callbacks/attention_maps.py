@@ -1,4 +1,4 @@
-"""Pictures of what the teacher looks at, of the same images throughout a run."""
+"""Pictures of what the teacher looks at and tells apart, of the same images throughout a run."""
 
 from pathlib import Path
 
@@ -7,22 +7,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.callbacks.images import log_picture
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.evaluation.attention import mass_mask
+from dino_lightning.evaluation.spatial import NoSpatialMapError, spatial_features, spatial_maps
 from dino_lightning.painting import normalize
-from dino_lightning.pictures import attention_sheet
+from dino_lightning.pictures import attention_sheet, pca_sheet
 
 
 class AttentionMaps(Callback):
-    """Draws ``pictures/attention_STEP.png`` into the run folder: before training, every n epochs, and at the end.
+    """Draws ``pictures/attention_STEP.png`` and ``pictures/pca_STEP.png`` into the run folder: before training, every n
+    epochs, and at the end; W&B and TensorBoard get them as well, as ``pictures/attention`` and ``pictures/pca``.
 
-    Needs a ViT of this package and a MultiCropDataModule; with others it does nothing, and says so.
+    Of a ViT of this package the attention of each head, of other backbones the norm of the last feature map; and the
+    principal components of the patch features. Needs a backbone with such a map and a MultiCropDataModule; with others it
+    does nothing, and says so.
 
     Args:
         every_n_epochs: how often it draws during training.
         count: number of images.
-        mass: share of a head's attention that the marked patches hold.
+        mass: share of a map that the marked patches hold.
     """
 
     def __init__(self, every_n_epochs: int = 10, count: int = 4, mass: float = 0.6) -> None:
@@ -37,11 +42,9 @@ class AttentionMaps(Callback):
         backbone, data = pl_module.teacher.backbone, trainer.datamodule
         if trainer.fast_dev_run:
             return
-        if not isinstance(backbone, VisionTransformer):
-            rank_zero_info("no pictures of attention: the backbone is no ViT of this package")
-        elif not isinstance(data, MultiCropDataModule):
+        if not isinstance(data, MultiCropDataModule):
             rank_zero_info("no pictures of attention: the data do not come from a MultiCropDataModule")
-        elif trainer.is_global_zero and not any(side % backbone.patch_size for side in data.multicrop.global_crops_size):
+        elif trainer.is_global_zero and not _splits_patches(backbone, data.multicrop.global_crops_size):
             self._images = data.examples(self.count)
         if trainer.global_step == 0:
             self._draw(trainer, pl_module)
@@ -54,16 +57,30 @@ class AttentionMaps(Callback):
         if self._drawn != trainer.global_step:
             self._draw(trainer, pl_module)
 
-    @torch.no_grad()
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(run_folder(trainer)) / "pictures"
         step = self._drawn = trainer.global_step
         if self._images is None or not len(self._images):
             return
-        data = trainer.datamodule
+        data, backbone = trainer.datamodule, pl_module.teacher.backbone
         images = normalize(self._images.to(pl_module.device), data.mean, data.std)
-        maps = pl_module.teacher.backbone.get_cls_attention(images).cpu()
-        title = f"step {step}; below the maps: the patches that hold {self.mass:.0%} of a head's attention"
+        try:
+            (maps, names, what), features = spatial_maps(backbone, images), spatial_features(backbone, images)
+        except NoSpatialMapError as error:
+            rank_zero_info("no pictures of attention: %s", error)
+            self._images = None
+            return
+        maps = maps.cpu()
+        title = f"step {step}; masks: the patches that hold {self.mass:.0%} of {what}"
+        pictures = {
+            "attention": attention_sheet(self._images, maps, mass_mask(maps, self.mass), names, [""] * len(maps), title),
+            "pca": pca_sheet(self._images, features.cpu(), f"step {step}"),
+        }
         folder.mkdir(parents=True, exist_ok=True)
-        picture = attention_sheet(self._images, maps, mass_mask(maps, self.mass), [""] * len(maps), title)
-        picture.save(folder / f"attention_{step:07d}.png")
+        for name, picture in pictures.items():
+            picture.save(folder / f"{name}_{step:07d}.png")
+            log_picture(trainer, f"pictures/{name}", picture)
+
+
+def _splits_patches(backbone: torch.nn.Module, size: tuple[int, int]) -> bool:
+    return isinstance(backbone, VisionTransformer) and any(side % backbone.patch_size for side in size)

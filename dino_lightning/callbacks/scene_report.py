@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_lightning.backbones import VisionTransformer, redrawn
+from dino_lightning.callbacks.images import log_picture
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.datasets import Scenes
 from dino_lightning.evaluation import knn_accuracy
@@ -38,7 +39,7 @@ class _Sight(NamedTuple):
 
 class SceneReport(Callback):
     """Prints k-NN accuracy and attention overlap of the teacher on scenes it never saw, beside those of raw pixels and of the
-    untrained network, and draws ``pictures/before_after.png`` into the run folder.
+    untrained network, and draws ``pictures/before_after.png`` into the run folder (and for W&B and TensorBoard).
 
     Labels and masks are read here only, never in training.
 
@@ -82,7 +83,9 @@ class SceneReport(Callback):
         after = self._look(pl_module.teacher.backbone)
         path = folder / "pictures" / "before_after.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._picture(after).save(path)
+        picture = self._picture(after)
+        picture.save(path)
+        log_picture(trainer, "pictures/before_after", picture)
         saved = trainer.checkpoint_callback
         checkpoint = (saved and (saved.last_model_path or saved.best_model_path)) or "(none was written)"
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))

@@ -8,6 +8,7 @@ from dino_lightning.tools.finetune import finetune
 from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
 from dino_lightning.tools.neighbors import neighbors
+from dino_lightning.tools.video import video
 
 TOOLS = {
     "attention": attention,
@@ -18,4 +19,5 @@ TOOLS = {
     "knn": knn,
     "linear": linear,
     "neighbors": neighbors,
+    "video": video,
 }

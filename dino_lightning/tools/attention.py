@@ -1,4 +1,4 @@
-"""``dino-lightning attention``: pictures of what the heads of a checkpoint look at."""
+"""``dino-lightning attention``: pictures of what a checkpoint looks at and tells apart."""
 
 import glob
 import logging
@@ -7,42 +7,48 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_lightning.backbones import VisionTransformer
 from dino_lightning.datasets import ImageFolder, UnreadableImage, read_image
 from dino_lightning.evaluation.attention import best_head_iou, mass_mask
+from dino_lightning.evaluation.spatial import side_multiple, spatial_features, spatial_maps
 from dino_lightning.multicrop import trim, whole_view
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
-from dino_lightning.pictures import attention_sheet
+from dino_lightning.pictures import attention_sheet, pca_sheet
 from dino_lightning.tools.checkpoint import load_module, training_size
 
 log = logging.getLogger(__name__)
 
 _MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".gif")  # lossless: JPEG's ringing marks what is no object
+_SIGNATURE = "dino-lightning attention"  # tells its pca.png from an image of this name
 
 
-@torch.no_grad()
 def attention(
     *images: str,
     checkpoint: str,
     output: str = "attention",
     image_size: int | None = None,
     mass: float = 0.6,
+    pca: int = 16,
     masks: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> dict[str, float | None]:
     """Draws what each head of the last block looks at: heat maps over the image, and the patches that hold most of it.
 
+    Of a CNN it draws the norm of the last feature map instead. It also draws the principal components of the patch features
+    (of a CNN, of its last feature map) as colours: places with similar features look similar.
+
     Args:
         images: image files, and folders of them. An unreadable one is named in the log and left out.
-        checkpoint: a checkpoint of dino-lightning fit, with a ViT of this package.
-        output: folder of the pictures, NAME_attention.png for each image.
+        checkpoint: a checkpoint of dino-lightning fit.
+        output: folder of the pictures: NAME_attention.png for each image, and pca.png.
         image_size: pixels of the images' shorter side; by default twice that of the training's global crops, as in the
             paper's figures. The finer the patches, the sharper the maps.
         mass: share of a head's attention that its mask holds.
+        pca: number of images in pca.png, the first ones; 0 for none.
         masks: folder with a mask for each image, of the same name (below it as the image below its folder), size and a
             lossless format with one channel, not 0 where the object is: also gives the overlap of the best head's mask with
             it (intersection over union, figure 4 of the paper).
@@ -56,16 +62,21 @@ def attention(
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if not 0 < mass <= 1:
         raise ValueError(f"mass must lie in (0, 1], got {mass}: it is a share, such as 0.6")
+    if pca < 0:
+        raise ValueError(f"pca must be a number of images, 0 for no pca.png, got {pca}")
     files = [file for image in images for file in _files(image, Path(output))]  # (path, name)
     truths = [_find_mask(Path(masks), name) for _, name in files] if masks else [None] * len(files)
+    pca_path = Path(output) / "pca.png"
+    if pca and pca_path.exists() and not _is_ours(pca_path):
+        raise FileExistsError(f"{pca_path} is not a picture of this command, which would overwrite it; choose another output")
     module = load_module(checkpoint)
     backbone, in_chans = module.teacher.backbone, module.options["in_chans"]
-    if not isinstance(backbone, VisionTransformer):
-        raise TypeError(f"attention needs a ViT of this package, but {checkpoint} holds a {type(backbone).__name__}")
     mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
     std = channel_numbers("std", std, IMAGENET_STD, in_chans)
     size = 2 * min(training_size(module)) if image_size is None else image_size
     overlaps: dict[str, float | None] = {}
+    pca_images: list[Tensor] = []
+    pca_features: list[Tensor] = []
     for (file, name), truth in zip(tqdm(files, desc="attention"), truths):
         try:
             pixels = read_image(file, in_chans)
@@ -73,17 +84,27 @@ def attention(
             log.warning("left out: %s", error)
             continue
         overlap, caption = None, name
-        image = whole_view(pixels, size, backbone.patch_size)
-        maps = backbone.get_cls_attention(normalize(image[None].to(module.device), mean, std)).cpu()
+        image = whole_view(pixels, size, side_multiple(backbone))
+        network_input = normalize(image[None].to(module.device), mean, std)
+        maps, names, what = spatial_maps(backbone, network_input)
+        maps = maps.cpu()
         if truth is not None:
             overlap = best_head_iou(maps, _read_mask(truth, pixels.shape[:2])[None], mass).item()
-            caption = f"{name}\nIoU {overlap:.2f}"
-        title = f"{image.shape[1]} by {image.shape[2]} pixels; below: the patches that hold {mass:.0%} of a head's attention"
+            caption = f"{name}\nIoU {overlap:.2f}" + "\n(best head)" * (len(names) > 1)
+        title = f"{image.shape[1]} by {image.shape[2]} pixels; masks: the patches that hold {mass:.0%} of {what}"
         path = _free(Path(output), Path(name).stem, overlaps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        attention_sheet(image[None], maps, mass_mask(maps, mass), [caption], title).save(path)
+        attention_sheet(image[None], maps, mass_mask(maps, mass), names, [caption], title).save(path)
         overlaps[str(path)] = overlap
-    print(f"{len(overlaps)} pictures in {output}")
+        if len(pca_images) < pca:
+            pca_images.append(image)
+            pca_features.append(spatial_features(backbone, network_input)[0].cpu())
+    if pca_images:
+        which = f"{len(pca_images)} images" if len(pca_images) == len(overlaps) else f"the first {pca} of {len(overlaps)} images"
+        info = PngInfo()
+        info.add_text("Software", _SIGNATURE)
+        pca_sheet(pca_images, pca_features, which).save(pca_path, pnginfo=info)
+    print(f"{len(overlaps)} pictures in {output}" + (f", and {pca_path}" if pca_images else ""))
     if masks and overlaps:
         print(f"overlap (IoU) of the best head's mask with the true one: {np.mean(list(overlaps.values())):.3f}")
     return overlaps
@@ -95,10 +116,19 @@ def _files(image: str, output: Path) -> list[tuple[Path, str]]:
         folder = ImageFolder(image)
         paths = [Path(folder.path(i)) for i in range(len(folder))]
         drawn = set(output.resolve().glob("*_attention*.png"))
+        drawn |= {path for path in output.resolve().glob("pca.png") if _is_ours(path)}
         return [(path, str(path.relative_to(folder.root))) for path in paths if path.resolve() not in drawn]
     if not Path(image).is_file():
         raise FileNotFoundError(f"there is no image {image!r}")
     return [(Path(image), Path(image).name)]
+
+
+def _is_ours(picture: Path) -> bool:
+    try:
+        with Image.open(picture) as opened:
+            return opened.info.get("Software") == _SIGNATURE
+    except OSError:
+        return False
 
 
 def _find_mask(masks: Path, name: str) -> Path:

@@ -1,7 +1,6 @@
 """What the tools need of a checkpoint: the module on the device, its training size, its weights' hash, its network untrained."""
 
 import hashlib
-
 import pickle
 from pathlib import Path
 
