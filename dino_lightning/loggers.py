@@ -1,5 +1,6 @@
 """Weights & Biases for runs that are interrupted and resumed."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,7 @@ class WandbLogger(LightningWandbLogger):
     ``recorded.txt`` beside the run's checkpoints. (``--ckpt_path last`` goes on with the W&B run; in Python give its ``id``.)
     """
 
-    _recorded: set[str] | None = None
+    _recorded: dict[int, set[str]] | None = None  # names by step, of earlier sittings
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -24,12 +25,20 @@ class WandbLogger(LightningWandbLogger):
         self.experiment  # noqa: B018  begins the run, which has an id from then on
         file = Path(self.save_dir or ".") / str(self.name) / str(self.version) / "recorded.txt"
         if self._recorded is None:
-            self._recorded = set(file.read_text().splitlines()) if file.exists() else set()
-        line = " ".join([str(step), *sorted(metrics)])
-        if line in self._recorded:
+            self._recorded = _read(file)
+        # Lightning adds the epoch to every row; what else a row holds differs between sittings (a meter has yet to fill).
+        new = set(metrics) - self._recorded.get(step, set()) - {"epoch"}
+        if not new:
             return
-        super().log_metrics(metrics, step)
-        self._recorded.add(line)
+        super().log_metrics({name: value for name, value in metrics.items() if name in new or name == "epoch"}, step)
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a") as lines:
-            lines.write(line + "\n")
+            lines.write("\t".join([str(step), *sorted(new)]) + "\n")
+
+
+def _read(file: Path) -> dict[int, set[str]]:
+    recorded: dict[int, set[str]] = defaultdict(set)
+    for line in file.read_text().splitlines() if file.exists() else ():
+        step, *names = line.split("\t")
+        recorded[int(step)].update(names)
+    return recorded

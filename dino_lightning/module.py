@@ -137,7 +137,8 @@ class DINOModule(LightningModule):
             check_views(views, self.student)
             self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
             if self._layout is not None:
-                resume.compare(self._layout, resume.layout(self.trainer, self._plan))
+                if self.trainer.is_global_zero:
+                    resume.compare(self._layout, resume.layout(self.trainer, self._plan))
                 self._layout = None
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

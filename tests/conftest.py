@@ -55,6 +55,14 @@ def image_folder(tmp_path):
     return write_images(tmp_path / "images", 24)
 
 
+def write_labelled(folder: Path) -> Path:
+    """folder/images: 18 to train on, 7 queries, of two classes, so that neither divides by two ranks and batches of 4."""
+    for split, counts in (("train", (11, 7)), ("val", (4, 3))):
+        for i, count in enumerate(counts):
+            write_images(folder / "images" / split / f"class{i}", count, first=20 * i + (100 if split == "val" else 0))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Two checkpoints of ``dino-lightning fit``: a ViT of 2 blocks, width 24, 32-pixel crops, from two seeds."""

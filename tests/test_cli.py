@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_images
+from conftest import two_colours, write_images
 from lightning.pytorch.cli import LightningCLI
 
 from dino_lightning import DINOModule, MultiCropDataModule, recipes
 from dino_lightning.cli import DINOCLI, main
+from dino_lightning.tools import knn
 
 SMALL = """
 data: {batch_size: 4, num_workers: 0, global_crops_size: 32, local_crops_size: 16, local_crops_number: 2}
@@ -208,6 +209,15 @@ def test_knn_of_a_checkpoint(run_dir, capsys):
     trained = re.search(r"^trained +([\d.]+) /", text, flags=re.MULTILINE)
     assert float(trained[1]) == pytest.approx(100 * float(last), abs=0.05), "as during the training"
     assert "raw pixels" in text and "untrained" in text and "12 images" in text
+
+
+def test_knn_leaves_unreadable_images_out(small_checkpoint, tmp_path, caplog):
+    root = two_colours(tmp_path)
+    expected = knn(small_checkpoint, str(root), k=(3,))
+    for split in ("train", "val"):
+        (root / split / "b" / "broken.jpg").write_bytes(b"no image")
+    assert knn(small_checkpoint, str(root), k=(3,)) == expected
+    assert "train/b/broken.jpg" in caplog.text and "val/b/broken.jpg" in caplog.text
 
 
 def test_knn_of_gray_images_and_of_a_wrong_number_of_means(run_dir, capsys):

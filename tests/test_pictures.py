@@ -212,6 +212,18 @@ def test_attention_command_takes_its_options_to_heart(photos, checkpoint):
         assert differing != overlap and not (other.shape == picture.shape and (other == picture).all()), option
 
 
+def test_attention_command_draws_the_untrained_network_below(photos, checkpoint):
+    def draw(**options):
+        ((path, overlap),) = attention("photos/a/0000.jpg", checkpoint=str(checkpoint), masks="masks/a", **options).items()
+        return np.asarray(Image.open(path)), overlap
+
+    (alone, overlap), (both, same) = draw(), draw(compare=True)
+    assert same == overlap and both.shape[1] == alone.shape[1] and (both[: len(alone)] == alone).all()
+    below = both[len(alone) :]  # image, heat maps and masks of the other network
+    rows, top = len(below), len(alone) - len(below)
+    assert rows > 100 and (below != alone[top : top + rows]).any() and (below != 255).any()
+
+
 def test_attention_command_leaves_the_images_alone(photos, checkpoint, caplog):
     (photos / "a/broken.jpg").write_bytes(b"no image")
     before = {path: path.read_bytes() for path in photos.rglob("*.jpg")}

@@ -60,13 +60,20 @@ def test_resumed_from_the_end_of_an_epoch(run, tmp_path):
     assert_same_end(resumed.state_dict(), golden)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_two_processes(run, tmp_path):
-    script = Path(__file__).with_name("trajectory.py")
-    command, one_thread = [sys.executable, script, run, tmp_path], {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=one_thread)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder in which two ranks leave RUN0.pt and RUN1.pt of both runs."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    command = [sys.executable, Path(__file__).with_name("trajectory.py"), folder, *RUNS]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=one_thread)
     assert done.returncode == 0, done.stderr
-    golden, ranks = Golden(run), [torch.load(tmp_path / f"rank{i}.pt") for i in (0, 1)]
+    return folder
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes(run, two_processes):
+    golden, ranks = Golden(run), [torch.load(two_processes / f"{run}{i}.pt") for i in (0, 1)]
     losses = torch.tensor([rank["losses"] for rank in ranks]).double().mean(dim=0)
     torch.testing.assert_close(losses, golden["losses"], rtol=1e-4, atol=0)
     for rank in ranks:

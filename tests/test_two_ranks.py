@@ -7,70 +7,94 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import write_labelled
 from lightning.pytorch.callbacks import ModelCheckpoint
 from two_ranks import train
 
+from dino_lightning.callbacks import OnlineProbe
 
-def run_on_two(scenario, folder):
-    command = [sys.executable, Path(__file__).with_name("two_ranks.py"), scenario, folder]
+
+def run_on_two(folder, *scenarios):
+    command = [sys.executable, Path(__file__).with_name("two_ranks.py"), folder, *scenarios]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Labelled images: 18 to train on, 7 queries, so that neither divides by the ranks and batches."""
-    for split, counts in (("train", (11, 7)), ("val", (4, 3))):
-        for i, count in enumerate(counts):
-            write_images(tmp_path / "images" / split / f"class{i}", count, first=20 * i + (100 if split == "val" else 0))
-    return tmp_path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_labelled(tmp_path_factory.mktemp("two_ranks"))
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """One process with batches of 4, which saves each step and has a probe beside; and the same with a user's own loader."""
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    plain = train(
+        folder, batch_size=4, devices=1, limit_train_batches=4, callbacks=[saving, OnlineProbe()], enable_checkpointing=True
+    )  # fmt: skip
+    return {"plain": plain, "uneven": train(folder, batch_size=4, devices=1, uneven=True)}
+
+
+@pytest.fixture(scope="module")
+def two(folder, one):
+    """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
+    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "sick"]
+    done = run_on_two(folder, *scenarios)
+    assert done.returncode == 0, done.stderr
+    results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
+    return results, done.stderr
 
 
 @pytest.mark.parametrize("scenario", ["fit", "accumulate", "uneven", "resume"])
-def test_two_ranks_equal_one_process_of_the_whole_batch(folder, scenario):
-    saving = [ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)] if scenario == "resume" else []
-    uneven = scenario == "uneven"
-    one = train(
-        folder, batch_size=4, devices=1, limit_train_batches=None if uneven else 4, uneven=uneven,
-        callbacks=saving, enable_checkpointing=bool(saving),
-    )  # fmt: skip
-    done = run_on_two(scenario, folder)
-    assert done.returncode == 0, done.stderr
-    ranks = [torch.load(folder / f"rank{i}.pt") for i in (0, 1)]
-    losses = one["losses"][3:] if scenario == "resume" else one["losses"]
+def test_two_ranks_equal_one_process_of_the_whole_batch(one, two, scenario):
+    expected, ranks = one.get(scenario, one["plain"]), two[0][scenario]
+    losses = expected["losses"][3:] if scenario == "resume" else expected["losses"]
     # Lightning has divided the loss of a micro-batch by their number.
     mean_losses = torch.tensor([rank["losses"] for rank in ranks]).unflatten(1, (len(losses), -1)).sum(dim=2).mean(dim=0)
     torch.testing.assert_close(mean_losses, torch.tensor(losses), rtol=1e-5, atol=0)
-    for key, value in one["state"].items():
+    for key, value in expected["state"].items():
         assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]), key
         if not key.endswith("qkv.bias"):  # the bias of the keys has no gradient but rounding noise
             torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{key}: {m}")
-    # The k-NN is exact, without duplicates; RankMe is as exact as the features that it decomposes.
-    assert "val/knn_top1" in one["metrics"]
-    assert ranks[0]["metrics"] == ranks[1]["metrics"], "a checkpoint may monitor them on every rank"
-    assert ranks[0]["metrics"] == {**one["metrics"], "val/rank_me": pytest.approx(one["metrics"]["val/rank_me"], rel=1e-5)}
-    said = "resumed on 2 device(s) with 1 accumulated batches, before it were 1 and 1" in done.stderr
-    assert said == (scenario == "resume")
+    assert_same_metrics(expected, ranks, {"val/knn_top1", "val/knn_top5"})
 
 
-def test_a_cnn_on_two_ranks_uses_every_parameter(folder):
+def test_the_probe_on_two_ranks_equals_one_process(one, two):
+    ranks = two[0]["probe"]
+    heads = [result["probes"][0]["head"] for result in (one["plain"], *ranks)]
+    for name, value in heads[0].items():
+        assert torch.equal(heads[1][name], heads[2][name])
+        torch.testing.assert_close(heads[1][name], value, rtol=1e-4, atol=1e-6)
+    assert_same_metrics(one["plain"], ranks, {"val/knn_top1", "val/probe_top1", "val/probe_top5"})
+
+
+def assert_same_metrics(expected, ranks, exact):
+    """Each query counts once; RankMe, of a decomposition, is as exact as the features. A checkpoint may monitor them on every rank."""
+    assert ranks[0]["metrics"] == ranks[1]["metrics"]
+    for name in exact:
+        assert ranks[0]["metrics"][name] == expected["metrics"][name], name
+    assert ranks[0]["metrics"]["val/rank_me"] == pytest.approx(expected["metrics"]["val/rank_me"], rel=1e-5)
+
+
+def test_other_devices_are_pointed_out_on_resume(two):
+    assert two[1].count("resumed on 2 device(s) with 1 accumulated batches, before it were 1 and 1") == 1
+
+
+def test_a_cnn_on_two_ranks_uses_every_parameter(two):
     """Without find_unused_parameters; that its batch norms are each rank's own is pointed out (on a CPU they must be)."""
-    done = run_on_two("cnn", folder)
-    assert done.returncode == 0, done.stderr
-    first, second = (torch.load(folder / f"rank{i}.pt")["state"] for i in (0, 1))
+    results, said = two
+    first, second = (rank["state"] for rank in results["cnn"])
     assert all(torch.equal(first[key], second[key]) for key in first if "running" not in key)
-    assert "set Trainer(sync_batchnorm=True)" in done.stderr
+    assert "set Trainer(sync_batchnorm=True)" in said
+
+
+def test_the_doctor_stops_both_ranks_behind_the_same_step(two):
+    results, said = two
+    assert [len(rank["losses"]) for rank in results["sick"]] == [61, 61]
+    assert said.count("uniform collapse: ") == 1
 
 
 def test_non_finite_loss_on_one_rank_stops_both(folder):
-    done = run_on_two("nan", folder)
+    done = run_on_two(folder, "nan")
     assert done.returncode != 0
     assert done.stderr.count("NonFiniteLossError: the loss was not finite at step 2 ") == 2, done.stderr
-
-
-def test_the_doctor_stops_both_ranks_behind_the_same_step(folder):
-    done = run_on_two("sick", folder)
-    assert done.returncode == 0, done.stderr
-    assert [len(torch.load(folder / f"rank{i}.pt")["losses"]) for i in (0, 1)] == [61, 61]
-    assert done.stderr.count("uniform collapse: ") == 1

@@ -72,14 +72,15 @@ def train(golden: Golden, loader: DataLoader, ckpt_path=None, **options) -> tupl
 
 
 if __name__ == "__main__":
-    name, out = sys.argv[1:]
-    numbers = Golden(name)
-    rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning starts this script again for rank 1
-    trained, record = train(
-        numbers,
-        build_loader(numbers, 2, rank, world=2),
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        devices=2,
-        use_distributed_sampler=False,
-    )
-    torch.save({"state": trained.state_dict(), "losses": record.losses}, f"{out}/rank{trained.global_rank}.pt")
+    out, *names = sys.argv[1:]
+    for name in names:
+        numbers = Golden(name)
+        rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning starts this script again for rank 1
+        trained, record = train(
+            numbers,
+            build_loader(numbers, 2, rank, world=2),
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            use_distributed_sampler=False,
+        )
+        torch.save({"state": trained.state_dict(), "losses": record.losses}, f"{out}/{name}{trained.global_rank}.pt")

@@ -1,4 +1,4 @@
-"""Scenarios for two real processes (``python two_ranks.py SCENARIO FOLDER``), and the same in one (``train``)."""
+"""Scenarios for two real processes (``python two_ranks.py FOLDER SCENARIO...``), and the same in one (``train``)."""
 
 import os
 import sys
@@ -63,21 +63,23 @@ def train(
     return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
+# What differs from a plain run on batches of 2 images.
+SCENARIOS = {
+    "fit": {},
+    "accumulate": {"batch_size": 1, "accumulate_grad_batches": 2, "limit_train_batches": 8},
+    "uneven": {"uneven": True},
+    "resume": {"ckpt_path": "step=3.ckpt"},
+    "probe": {"callbacks": [OnlineProbe()]},
+    "cnn": {"backbone": "resnet18"},
+    "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
+    "nan": {"callbacks": [PoisonLastRank()]},
+}
+
 if __name__ == "__main__":
-    scenario, folder = sys.argv[1], Path(sys.argv[2])
-    accumulated = scenario == "accumulate"
-    result = train(
-        folder,
-        batch_size=1 if accumulated else 2,
-        teacher_temp=2.0 if scenario == "sick" else 0.04,
-        accumulate_grad_batches=2 if accumulated else 1,
-        limit_train_batches=8 if accumulated else None,
-        callbacks={"nan": [PoisonLastRank()], "probe": [OnlineProbe()], "sick": [CollapseDoctor(stop=True)]}.get(scenario, []),
-        max_epochs=30 if scenario == "sick" else 2,
-        ckpt_path=folder / "step=3.ckpt" if scenario == "resume" else None,
-        backbone="resnet18" if scenario == "cnn" else None,
-        uneven=scenario == "uneven",
-        devices=2,
-        strategy=DDPStrategy(process_group_backend="gloo"),
-    )
-    torch.save(result, folder / f"rank{os.environ.get('LOCAL_RANK', 0)}.pt")
+    folder, *scenarios = sys.argv[1:]
+    for scenario in scenarios:
+        options = {"batch_size": 2, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), **SCENARIOS[scenario]}
+        if "ckpt_path" in options:
+            options["ckpt_path"] = Path(folder) / options["ckpt_path"]
+        result = train(Path(folder), **options)
+        torch.save(result, Path(folder) / f"{scenario}{os.environ.get('LOCAL_RANK', 0)}.pt")

@@ -17,7 +17,7 @@ from dino_lightning.evaluation.spatial import side_multiple, spatial_features, s
 from dino_lightning.multicrop import trim, whole_view
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 from dino_lightning.pictures import attention_sheet, pca_sheet
-from dino_lightning.tools.checkpoint import load_module, training_size
+from dino_lightning.tools.checkpoint import load_module, training_size, untrained
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def attention(
     mass: float = 0.6,
     pca: int = 16,
     masks: str | None = None,
+    compare: bool = False,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> dict[str, float | None]:
@@ -52,6 +53,7 @@ def attention(
         masks: folder with a mask for each image, of the same name (below it as the image below its folder), size and a
             lossless format with one channel, not 0 where the object is: also gives the overlap of the best head's mask with
             it (intersection over union, figure 4 of the paper).
+        compare: draw below what the same network looks at without training.
         mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
         std: per channel, likewise.
 
@@ -74,6 +76,7 @@ def attention(
     mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
     std = channel_numbers("std", std, IMAGENET_STD, in_chans)
     size = 2 * min(training_size(module)) if image_size is None else image_size
+    networks = [backbone, untrained(module)] if compare else [backbone]
     overlaps: dict[str, float | None] = {}
     pca_images: list[Tensor] = []
     pca_features: list[Tensor] = []
@@ -86,15 +89,16 @@ def attention(
         overlap, caption = None, name
         image = whole_view(pixels, size, side_multiple(backbone))
         network_input = normalize(image[None].to(module.device), mean, std)
-        maps, names, what = spatial_maps(backbone, network_input)
-        maps = maps.cpu()
+        drawn = [spatial_maps(network, network_input) for network in networks]
+        maps = torch.cat([one.maps.cpu() for one in drawn])  # (networks, heads, h, w)
         if truth is not None:
-            overlap = best_head_iou(maps, _read_mask(truth, pixels.shape[:2])[None], mass).item()
-            caption = f"{name}\nIoU {overlap:.2f}" + "\n(best head)" * (len(names) > 1)
-        title = f"{image.shape[1]} by {image.shape[2]} pixels; masks: the patches that hold {mass:.0%} of {what}"
+            overlap = best_head_iou(maps[:1], _read_mask(truth, pixels.shape[:2])[None], mass).item()
+            caption = f"{name}\nIoU {overlap:.2f}" + "\n(best head)" * (len(drawn[0].names) > 1)
+        title = f"{image.shape[1]} by {image.shape[2]} pixels; masks: the patches that hold {mass:.0%} of {drawn[0].what}"
         path = _free(Path(output), Path(name).stem, overlaps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        attention_sheet(image[None], maps, mass_mask(maps, mass), names, [caption], title).save(path)
+        rows, captions = image.expand(len(maps), -1, -1, -1), [caption, "the same network\nuntrained"][: len(maps)]
+        attention_sheet(rows, maps, mass_mask(maps, mass), drawn[0].names, captions, title).save(path)
         overlaps[str(path)] = overlap
         if len(pca_images) < pca:
             pca_images.append(image)

@@ -23,7 +23,7 @@ def knn(
     num_workers: int = 0,
     compare: bool = False,
 ) -> dict[str, list[tuple[float, float]]]:
-    """Weighted k-NN accuracy of the teacher's features on labelled images.
+    """Weighted k-NN accuracy of the teacher's features on labelled images. The log names unreadable ones, which are left out.
 
     Args:
         checkpoint: a checkpoint of dino-lightning fit.
@@ -47,8 +47,9 @@ def knn(
     size = training_size(module) if image_size is None else (image_size, image_size)
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
-        features = [
-            extract_features(
+        features = []
+        for source in (bank, query):
+            vectors, labels = extract_features(
                 network,
                 source,
                 size=size,
@@ -60,8 +61,8 @@ def knn(
                 device=module.device,
                 progress=title,
             )
-            for source in (bank, query)
-        ]
+            readable = labels >= 0
+            features.append((vectors[readable], labels[readable]))
         return [knn_accuracy(*features[0], *features[1], k=n, temperature=temperature) for n in k]
 
     results = {}
