@@ -6,6 +6,7 @@ from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
 from dino_lightning.module import DINOModule
+from dino_lightning.weights import load_backbone
 
 __all__ = [
     "DINOHead",
@@ -14,6 +15,7 @@ __all__ = [
     "MultiCropDataModule",
     "VisionTransformer",
     "evaluation",
+    "load_backbone",
     "optim",
     "schedules",
 ]

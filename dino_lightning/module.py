@@ -1,5 +1,6 @@
 """DINOModule: one training step of DINO (paper, algorithm 1), told in the order in which it happens."""
 
+import copy
 import os
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from dino_lightning import resume
-from dino_lightning.backbones import build, example_images, feature_dim, freeze_unused
+from dino_lightning.backbones import VisionTransformer, build, example_images, feature_dim, freeze_unused
 from dino_lightning.checks import (
     check_options,
     check_saving,
@@ -28,7 +29,10 @@ from dino_lightning.networks import Network, Teacher, split_views
 from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
 from dino_lightning.plan import Plan, check_length
 from dino_lightning.randomness import seeded
+from dino_lightning.weights.load import start_from
+from dino_lightning.weights.networks import facts_of
 
+_NO_OPTIONS = ("self", "__class__", "backbone", "weights", "weights_with_head")
 _OBJECT = "object:"  # how a backbone that was given as an object stands in the hyper-parameters
 
 
@@ -39,8 +43,9 @@ class DINOModule(LightningModule):
     Any DataLoader that yields this will do. The options and defaults are those of the reference implementation.
 
     Args:
-        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant; resnet50, resnet101 and the other classification
-            CNNs of torchvision; timm/NAME with timm installed; or any module that maps images (B, C, H, W) to features (B, D).
+        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant; dinov2_vits14, b, l and g, with _reg for registers;
+            resnet50, resnet101 and the other classification CNNs of torchvision; timm/NAME with timm installed; or any module
+            that maps images (B, C, H, W) to features (B, D).
         patch_size: pixels of a ViT patch's side, e.g. 8, 14 or 16.
         img_size: pixels, int or (H, W): the size whose grid a ViT's positions have. Set it to the global crop size.
         in_chans: channels of the images.
@@ -67,6 +72,10 @@ class DINOModule(LightningModule):
         clip_grad: largest L2 norm of the gradient of each parameter tensor; 0 is off. The Trainer's gradient_clip_val is
             another norm (of all gradients together), and both at once are an error.
         freeze_last_layer: epochs at the start in which the prototypes stay as they are.
+        weights: start from the trained backbone of this source instead of from noise, in student and teacher: a file, a
+            folder or a published name, as ``load_backbone`` takes them. Its shape must be that of ``backbone``; positions are
+            interpolated to ``img_size``. Checkpoints do not need the source any more.
+        weights_with_head: take over the projection head and the centre of that source too.
     """
 
     def __init__(
@@ -96,14 +105,19 @@ class DINOModule(LightningModule):
         weight_decay_end: float = 0.4,
         clip_grad: float = 3.0,
         freeze_last_layer: int = 1,
+        weights: str | None = None,
+        weights_with_head: bool = False,
     ) -> None:
         # Not self.hparams, in which Lightning prefers the arguments of a subclass to what it passes on to here.
-        self.options = {name: value for name, value in locals().items() if name not in ("self", "backbone", "__class__")}
+        self.options = {name: value for name, value in locals().items() if name not in _NO_OPTIONS}
         super().__init__()
         check_options(self.options)
         given, backbone = backbone, _plain(backbone)  # a checkpoint holds plain types only
         self.save_hyperparameters()
         # A subclass's own argument is saved as it came in; that of a command-line run is the class path.
+        for name in ("weights", "weights_with_head"):  # what is loaded from a checkpoint has the checkpoint's
+            self._hparams.pop(name, None)
+            self._hparams_initial.pop(name, None)
         self._hparams["backbone"] = self._hparams_initial["backbone"] = _plain(self.hparams.get("backbone", backbone))
         if isinstance(given, str):
             given = _by_name(given, patch_size, img_size, in_chans, drop_path_rate)
@@ -118,9 +132,11 @@ class DINOModule(LightningModule):
             hidden_dim=hidden_dim,
             bottleneck_dim=bottleneck_dim,
         )
+        self.loss = DINOLoss(out_dim, student_temp, center_momentum)
+        if weights is not None:
+            start_from(weights, given, head if weights_with_head else None, self.loss.center)
         self.student = Network(given, head)
         self.teacher = Teacher(self.student)
-        self.loss = DINOLoss(out_dim, student_temp, center_momentum)
 
         self._plan: Plan | None = None  # known with the first batch of a run
         self._seed: int | None = None  # of the student's drop path
@@ -273,6 +289,8 @@ class DINOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._stop_if_not_finite()
         checkpoint["drop_path_seed"] = self._seed
+        if isinstance(self.teacher.backbone, VisionTransformer):
+            checkpoint["dino_lightning"] = facts_of(self.teacher.backbone)
         if self._plan is not None:
             checkpoint["layout"] = resume.layout(self.trainer, self._plan)
 
@@ -291,6 +309,16 @@ class DINOModule(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) → features of the teacher's backbone (B, D)."""
         return self.teacher.features(images)
+
+    def as_backbone(self, trainable: bool = False) -> nn.Module:
+        """A copy of the teacher's backbone for a network of your own, in evaluation mode: images (B, C, H, W) → (B, D).
+
+        A ``VisionTransformer`` gives class and patch tokens of any blocks by ``forward_features``.
+
+        Args:
+            trainable: whether its parameters require gradients; call ``train()`` for stochastic depth.
+        """
+        return copy.deepcopy(self.teacher.backbone).eval().requires_grad_(trainable)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """(images, labels) of the bank (loader 0) or the queries (loader 1) → their features and labels, for callbacks."""

@@ -68,6 +68,7 @@ def test_loss_is_entropy_plus_kl_of_teacher_and_student():
     [
         (dict(), None),
         (dict(feature_std=0.01), "dead_features"),
+        (dict(feature_std=0.1, entropy=5.5), "divergence"),  # shrunk to a fifth of what it was: a uniform teacher follows
         (dict(entropy=5.4, loss=5.5), "uniform_collapse"),
         (dict(entropy=0.2, prototypes=2.5), "one_prototype_collapse"),
         (dict(entropy=0.2), None),  # sure of itself, on many prototypes
@@ -78,13 +79,13 @@ def test_loss_is_entropy_plus_kl_of_teacher_and_student():
     ],
 )
 def test_verdicts(signs, name):
-    verdict = diagnose(HEALTHY._replace(**signs), out_dim=256, first_loss=5.0, first_rank=2.5)
+    verdict = diagnose(HEALTHY._replace(**signs), out_dim=256, first_loss=5.0, first_rank=2.5, first_std=0.5)
     assert (verdict and verdict.name) == name
 
 
 def test_an_untrained_cnn_is_not_accused():
     """Its features are nearly on a line from the start (measured: 1.07 of a ResNet-50 on photographs)."""
-    assert diagnose(HEALTHY._replace(feature_rank=1.07), 256, first_loss=5.0, first_rank=1.07) is None
+    assert diagnose(HEALTHY._replace(feature_rank=1.07), 256, first_loss=5.0, first_rank=1.07, first_std=0.5) is None
 
 
 def test_a_student_that_stays_uniform():

@@ -14,6 +14,8 @@ __all__ = ["VisionTransformer", "build", "example_images", "feature_dim", "featu
 
 log = logging.getLogger(__name__)
 
+_DINOV2 = {f"dinov2_{short}14": size for short, size in zip(("vits", "vitb", "vitl", "vitg"), list(VIT_SIZES)[1:])}
+
 
 def build(
     name: str,
@@ -25,6 +27,8 @@ def build(
 ) -> nn.Module:
     """An untrained backbone by name: a ViT of ``VIT_SIZES``, a torchvision CNN, or ``timm/NAME``. Never touches the network.
 
+    ``dinov2_vits14``, ``b``, ``l`` and ``g``, with ``_reg`` for four registers, are the ViTs of DINOv2, whose patches have 14 pixels.
+
     Raises:
         ValueError: for an unknown name, listing what there is.
     """
@@ -33,12 +37,20 @@ def build(
         return VisionTransformer(
             img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate
         )
+    if name.removesuffix("_reg") in _DINOV2:
+        embed_dim, depth, num_heads = VIT_SIZES[_DINOV2[name.removesuffix("_reg")]]
+        registers = name.endswith("_reg")
+        return VisionTransformer(
+            img_size, 14, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate, registers=4 * registers,
+            layer_scale=1e-5, ffn="swiglu" if name.startswith("dinov2_vitg") else "mlp",
+            position_offset=0.0 if registers else 0.1, position_antialias=registers,
+        )  # fmt: skip
     if name.startswith("timm/"):
         return timm_model(name.removeprefix("timm/"), img_size, in_chans, drop_path_rate)
     if name in cnn_names():
         return torchvision_cnn(name, in_chans, drop_path_rate)
     raise ValueError(
-        f"unknown backbone {name!r}; there are {', '.join(VIT_SIZES)}, timm/NAME (with timm installed), "
+        f"unknown backbone {name!r}; there are {', '.join(VIT_SIZES)}, {', '.join(_DINOV2)} (or with _reg), timm/NAME (with timm installed), "
         f"any nn.Module, and torchvision's {', '.join(cnn_names())}"
     )
 

@@ -1,14 +1,18 @@
 """Vision transformer with a class token and learned positions that are interpolated to any input size.
 
 State-dict keys, initialisation and numerics are those of the reference (and of timm): pre-norm, LayerNorm eps 1e-6,
-exact GELU, no LayerScale. Paper: Dosovitskiy et al. 2021; positions at other sizes as in Caron et al. 2021.
+exact GELU. Paper: Dosovitskiy et al. 2021; positions at other sizes as in Caron et al. 2021. What DINOv2's networks have
+beyond that (Oquab et al. 2023, Darcet et al. 2023) are options: LayerScale, SwiGLU, registers.
 """
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dino_lightning.backbones.block import FFNS, Block, LayerScale
 
 # name → width, depth, heads (MLP ratio 4)
 VIT_SIZES = {
@@ -18,6 +22,13 @@ VIT_SIZES = {
     "vit_large": (1024, 24, 16),
     "vit_giant": (1536, 40, 24),
 }
+
+
+class Tokens(NamedTuple):
+    """What a block gives, after the final norm: ``cls`` (B, D), and ``patches`` (B, D, h, w)."""
+
+    cls: Tensor
+    patches: Tensor
 
 
 class VisionTransformer(nn.Module):
@@ -32,6 +43,12 @@ class VisionTransformer(nn.Module):
         num_heads: attention heads; must divide ``embed_dim``.
         mlp_ratio: hidden width of a block's MLP over ``embed_dim``.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
+        registers: tokens beside the class token and the patches, without a position and without a meaning of their own.
+        layer_scale: gain of each block's branches at the start, learned for each channel; None for none.
+        ffn: the blocks' MLP, with GELU, or gated by SiLU ("swiglu", whose hidden width is two thirds of it).
+        position_offset: patches by which a grid is taken too large where positions are interpolated; the reference's habit.
+        position_antialias: antialias positions where they are interpolated to a smaller grid.
+        norm_eps: of the layer norms.
     """
 
     def __init__(
@@ -44,21 +61,35 @@ class VisionTransformer(nn.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        registers: int = 0,
+        layer_scale: float | None = None,
+        ffn: Literal["mlp", "swiglu"] = "mlp",
+        position_offset: float = 0.1,
+        position_antialias: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        if ffn not in FFNS:
+            raise ValueError(f"ffn must be one of {', '.join(FFNS)}, got {ffn!r}")
         if embed_dim % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide embed_dim={embed_dim}")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
-        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.embed_dim, self.patch_size, self.layer_scale = embed_dim, patch_size, layer_scale
+        self.position_offset, self.position_antialias = position_offset, position_antialias
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
         self.grid = _grid(sides[0], sides[-1], patch_size)
         self.patch_embed = _PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList([_Block(embed_dim, num_heads, mlp_ratio, rate) for rate in rates])
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        blocks = [
+            Block(embed_dim, num_heads, FFNS[ffn](embed_dim, int(embed_dim * mlp_ratio)), rate, layer_scale, norm_eps)
+            for rate in rates
+        ]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -66,10 +97,19 @@ class VisionTransformer(nn.Module):
         # The patch embedding keeps torch's default, as in the reference.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.register_tokens is not None:
+            nn.init.trunc_normal_(self.register_tokens, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+            if isinstance(module, LayerScale):
+                nn.init.constant_(module.gamma, self.layer_scale)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many tokens stand before those of the patches: the class token and the registers."""
+        return 1 if self.register_tokens is None else 1 + self.register_tokens.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) → the class token after the final norm (B, D)."""
@@ -90,16 +130,41 @@ class VisionTransformer(nn.Module):
                 layers.append(self.norm(x))
         return layers
 
+    def forward_features(self, x: Tensor, blocks: Sequence[int] = (-1,)) -> list[Tokens]:
+        """Images (B, C, H, W) → class and patch tokens of ``blocks``, numbered as in Python: (-1,) is the last alone.
+
+        Raises:
+            ValueError: for a block that there is not.
+        """
+        depth = len(self.blocks)
+        if not blocks or any(not -depth <= block < depth for block in blocks):
+            raise ValueError(f"blocks must be numbers from {-depth} to {depth - 1}, got {tuple(blocks)}")
+        grid = _grid(*x.shape[-2:], self.patch_size)
+        indices = [block % depth for block in blocks]
+        layers = self.get_intermediate_layers(x, depth - min(indices))
+        found = [layers[index - depth] for index in indices]
+        patches = [tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(-1, grid) for tokens in found]
+        return [Tokens(tokens[:, 0], places) for tokens, places in zip(found, patches)]
+
+    def set_grid(self, img_size: int | Sequence[int]) -> None:
+        """Interpolates the learned positions to the grid of another image size once and for all."""
+        sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
+        grid = _grid(sides[0], sides[-1], self.patch_size)
+        with torch.no_grad():
+            self.pos_embed = nn.Parameter(self._positions(*grid).clone(), self.pos_embed.requires_grad)
+        self.grid = grid
+
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """Attention of the last block after its softmax (B, heads, T, T); token 0 is the class token."""
         return self._last_attention(x, n_queries=None)
 
     def get_cls_attention(self, x: Tensor) -> Tensor:
-        """Attention of the class token to the patches in the last block (B, heads, h, w), without what it pays to itself.
+        """Attention of the class token to the patches in the last block (B, heads, h, w), without what it pays to itself
+        and to registers.
 
         Its memory grows with the number of patches, not with its square.
         """
-        rows = self._last_attention(x, n_queries=1)[:, :, 0, 1:]
+        rows = self._last_attention(x, n_queries=1)[:, :, 0, self.prefix_tokens :]
         return rows.unflatten(-1, _grid(*x.shape[-2:], self.patch_size))
 
     def _last_attention(self, x: Tensor, n_queries: int | None) -> Tensor:
@@ -109,10 +174,13 @@ class VisionTransformer(nn.Module):
         return self.blocks[-1].attention(x, n_queries)
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 1 + h·w, D) with positions added."""
+        """(B, C, H, W) → (B, T, D) with positions added: class token, registers, h·w patches."""
         grid = _grid(*x.shape[-2:], self.patch_size)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
-        return x + self._positions(*grid)
+        x = x + self._positions(*grid)
+        if self.register_tokens is None:
+            return x
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Learned positions for a grid of h × w patches (1, 1 + h·w, D)."""
@@ -121,8 +189,10 @@ class VisionTransformer(nn.Module):
         cls_position, positions = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         positions = positions.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, grid)
         # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
-        scale = ((h + 0.1) / self.grid[0], (w + 0.1) / self.grid[1])
-        positions = F.interpolate(positions, scale_factor=scale, mode="bicubic")
+        offset = self.position_offset
+        scale = ((h + offset) / self.grid[0], (w + offset) / self.grid[1])
+        target = {"scale_factor": scale} if offset else {"size": (h, w)}
+        positions = F.interpolate(positions, mode="bicubic", antialias=self.position_antialias, **target)
         return torch.cat([cls_position, positions.flatten(2).transpose(1, 2)], dim=1)
 
 
@@ -134,74 +204,6 @@ class _PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, h·w, D)."""
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class _Block(nn.Module):
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = _Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = _Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        x = x + self._drop(self.attn(self.norm1(x)))
-        return x + self._drop(self.mlp(self.norm2(x)))
-
-    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
-        """(B, T, D) → this block's attention of the first ``n_queries`` tokens, or of all (B, heads, n_queries, T)."""
-        return self.attn.attention(self.norm1(x), n_queries)
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al. 2016): drops the branch of whole samples, and scales the others to keep the mean."""
-        if self.drop_path == 0 or not self.training:
-            return branch
-        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * keep.div_(1 - self.drop_path)
-
-
-class _Attention(nn.Module):
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        q, k, v = self._heads(x)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            x = _softmax_scores(q, k) @ v  # the backward pass of torch's fused attention is slow in bfloat16 on a CPU
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
-        """(B, T, D) → (B, heads, n_queries, T)."""
-        q, k, _ = self._heads(x)
-        return _softmax_scores(q[:, :, :n_queries], k)
-
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v (B, heads, T, D / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-class _Mlp(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
-    """softmax(q·kᵀ / √d); q is scaled before the product, which could overflow float16."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:

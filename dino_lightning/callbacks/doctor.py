@@ -49,7 +49,7 @@ class CollapseDoctor(Callback):
         self.stop = stop
         self.expected_loss = {int(step): loss for step, loss in (expected_loss or {}).items()}  # keys of a YAML file are text
         self._told: list[str] = []
-        self._first: dict[str, float] = {}  # loss and rank at the beginning
+        self._first: dict[str, float] = {}  # loss, rank and spread at the beginning
         self._hook: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -89,8 +89,8 @@ class CollapseDoctor(Callback):
         (features, logits), self._seen = self._seen, None  # (2·B, D), (2·B, K)
         entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
-        first_rank = spread[1] * _WINDOW if trainer.global_step <= 1 and self._batches == 0 else torch.zeros_like(kl)
-        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, first_rank])
+        first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
+        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, *first])
         strongest = (logits - pl_module.loss.center).argmax(dim=1)
         self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
@@ -107,7 +107,7 @@ class CollapseDoctor(Callback):
 
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
-        self._sums = torch.zeros(7, device=device)
+        self._sums = torch.zeros(8, device=device)
         self._chosen = torch.zeros(self._out_dim, dtype=torch.long, device=device)
 
     def _close(self, trainer: Trainer, device: torch.device) -> None:
@@ -124,10 +124,10 @@ class CollapseDoctor(Callback):
     def _judge(self, trainer: Trainer) -> None:
         """Says what has lasted. All ranks read the same numbers, so all stop together."""
         (reading, step), self._reading = self._reading, None
-        *means, first_rank, prototypes = reading.read()
+        *means, first_std, first_rank, prototypes = reading.read()
         signs = Signs(*means, prototypes)
         patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))
-        self._first = self._first or {"first_loss": signs.loss, "first_rank": first_rank}
+        self._first = self._first or {"first_loss": signs.loss, "first_rank": first_rank, "first_std": first_std}
         verdict = diagnose(signs, self._out_dim, **self._first)
         self._lasted = self._lasted + 1 if verdict and verdict.name == self._suspected else 1
         self._suspected = verdict.name if verdict else ""

@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
     text: str
 
 
-def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float) -> Verdict | None:
+def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float, first_std: float) -> Verdict | None:
     """The verdict on a window of steps, None if nothing is wrong. One bad window is no illness: see how long it lasts.
 
     Args:
@@ -35,6 +35,7 @@ def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float
         out_dim: number of prototypes K.
         first_loss: mean over the run's first window.
         first_rank: effective rank before the first step. That of an untrained CNN is close to 1 already.
+        first_std: ``feature_std`` before the first step, which learning makes larger.
     """
     ln_k = math.log(out_dim)
     if signs.feature_std < 0.02:
@@ -45,12 +46,13 @@ def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float
         )
     # Before the collapses, which it can bring about.
     on_a_line = signs.feature_rank < 1.2 and signs.feature_rank - 1 < 0.25 * (first_rank - 1)
-    if on_a_line or signs.loss > 1.3 * max(ln_k, first_loss):
+    shrunk = signs.feature_std < 0.25 * first_std
+    if on_a_line or shrunk or signs.loss > 1.3 * max(ln_k, first_loss):
         return Verdict(
             "divergence",
             f"divergence: the loss is {signs.loss:.2f} (it began with {first_loss:.2f}), the effective rank of the features "
-            f"{signs.feature_rank:.2f} (it began with {first_rank:.2f}; 1: all on a line): the weights are thrown about. Lower lr, "
-            "lengthen warmup_epochs, keep clip_grad at 3",
+            f"{signs.feature_rank:.2f} (it began with {first_rank:.2f}; 1: all on a line), their spread {signs.feature_std:.2f} (it "
+            f"began with {first_std:.2f}): the weights are thrown about. Lower lr, lengthen warmup_epochs, keep clip_grad at 3",
         )
     if signs.entropy > ln_k - 0.25:
         return Verdict(

@@ -41,8 +41,10 @@ def probe_features(backbone: nn.Module, images: Tensor, *, n_blocks: int = 1, me
                 f"{type(backbone).__name__} has no such tokens: leave them out to take its features as they are"
             )
         return backbone(images).float()
-    layers = backbone.get_intermediate_layers(images, n_blocks)
-    parts = [layer[:, 0] for layer in layers]
+    if not 1 <= n_blocks <= len(backbone.blocks):
+        raise ValueError(f"n_blocks must lie between 1 and the depth {len(backbone.blocks)}, got {n_blocks}")
+    layers = backbone.forward_features(images, range(-n_blocks, 0))
+    parts = [layer.cls for layer in layers]
     if mean_patch:
-        parts.append(layers[-1][:, 1:].mean(dim=1))
+        parts.append(layers[-1].patches.mean(dim=(2, 3)))
     return torch.cat(parts, dim=1).float()

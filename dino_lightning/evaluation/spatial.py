@@ -46,9 +46,7 @@ def spatial_features(backbone: nn.Module, images: Tensor) -> Tensor:
     For a ViT of this package the last block's patch tokens after the final norm, for any other its ``last_feature_map``.
     """
     if isinstance(backbone, VisionTransformer):
-        (tokens,) = backbone.get_intermediate_layers(images)
-        grid = [side // backbone.patch_size for side in images.shape[-2:]]
-        return tokens[:, 1:].transpose(1, 2).unflatten(-1, grid).float()
+        return backbone.forward_features(images)[0].patches.float()
     return last_feature_map(backbone, images).float()
 
 

@@ -119,15 +119,9 @@ def _network(module: DINOModule, what: str, n_blocks: int, checkpoint: str) -> C
     if what == "layers":
         if not 1 <= n_blocks <= len(vit.blocks):
             raise ValueError(f"n_blocks must lie between 1 and {len(vit.blocks)}, the depth of the ViT, got {n_blocks}")
-        return lambda images: torch.stack([tokens[:, 0] for tokens in vit.get_intermediate_layers(images, n_blocks)], dim=1)
-
-    def patches(images: Tensor) -> Tensor:
-        """(B, D, h, w)."""
-        (tokens,) = vit.get_intermediate_layers(images, 1)
-        grid = [side // vit.patch_size for side in images.shape[-2:]]
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
-
-    return patches
+        blocks = range(-n_blocks, 0)
+        return lambda images: torch.stack([layer.cls for layer in vit.forward_features(images, blocks)], dim=1)
+    return lambda images: vit.forward_features(images)[0].patches
 
 
 def _names_hash(source: ImageFiles) -> str:

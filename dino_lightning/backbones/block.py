@@ -1,0 +1,106 @@
+"""A block of a vision transformer: attention, then an MLP, each on normalised tokens and added to them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    def __init__(
+        self, dim: int, num_heads: int, mlp: nn.Module, drop_path: float, layer_scale: float | None, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = _Attention(dim, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim)
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        x = x + self._drop(self.ls1(self.attn(self.norm1(x))))
+        return x + self._drop(self.ls2(self.mlp(self.norm2(x))))
+
+    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
+        """(B, T, D) → this block's attention of the first ``n_queries`` tokens, or of all (B, heads, n_queries, T)."""
+        return self.attn.attention(self.norm1(x), n_queries)
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016): drops the branch of whole samples, and scales the others to keep the mean."""
+        if self.drop_path == 0 or not self.training:
+            return branch
+        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch * keep.div_(1 - self.drop_path)
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        q, k, v = self._heads(x)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:
+            x = _softmax_scores(q, k) @ v  # the backward pass of torch's fused attention is slow in bfloat16 on a CPU
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
+        """(B, T, D) → (B, heads, n_queries, T)."""
+        q, k, _ = self._heads(x)
+        return _softmax_scores(q[:, :, :n_queries], k)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v (B, heads, T, D / heads)."""
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _SwiGLU(nn.Module):
+    """Shazeer 2020, with the widths and keys of DINOv2."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        hidden_dim = (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, T, D)."""
+        gate, hidden = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * hidden)
+
+
+class LayerScale(nn.Module):
+    """Touvron et al. 2021; its values are drawn by the ViT's ``reset_parameters``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+FFNS = {"mlp": _Mlp, "swiglu": _SwiGLU}
+
+
+def _softmax_scores(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q·kᵀ / √d); q is scaled before the product, which could overflow float16."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)

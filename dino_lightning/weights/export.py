@@ -1,0 +1,119 @@
+"""Backbones for other tools: files that they load, with the same features."""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.weights.graphs import write_onnx, write_torch_export
+from dino_lightning.weights.networks import facts_of
+from dino_lightning.weights.timm import write_timm
+from dino_lightning.weights.transformers import write_transformers
+
+
+class Package(NamedTuple):
+    """What is handed on: a ``backbone`` in evaluation mode for images (``in_chans``, *``size``), normalised by ``mean`` and
+    ``std``, and where it is kept for further training the ``head``'s weights and the ``center``.
+    """
+
+    backbone: nn.Module
+    size: tuple[int, int]
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    head: dict[str, Tensor] | None = None
+    center: Tensor | None = None
+
+
+def export(package: Package, to: str, output: str | Path, card: str = "") -> Path:
+    """Writes a new folder ``output`` with a backbone in the form of ``to``, and a model card, README.md.
+
+    Args:
+        package: what to write. Its backbone stays as it is.
+        to: one of ``FORMS``.
+        output: the folder, which must not be there yet. It is whole or not there.
+        card: text of the model card above how to load it.
+
+    Raises:
+        FileExistsError: if there is something at ``output``.
+        ValueError: if this form cannot hold this network, or has no place for a head.
+        ModuleNotFoundError: if the library of this form is not installed, saying how to install it.
+    """
+    if to not in FORMS:
+        raise ValueError(f"to must be one of {', '.join(FORMS)}, got {to!r}")
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"there is already something at {output}; give another output, or move it away")
+    if package.head is not None and to not in _WITH_HEAD:
+        raise ValueError(f"{to} has no place for a projection head; {' and '.join(_WITH_HEAD)} have")
+    backbone = copy.deepcopy(package.backbone).cpu().eval().requires_grad_(False)
+    if isinstance(backbone, VisionTransformer):
+        backbone.set_grid(package.size)
+    partial = output.with_name(f"{output.name}.partial.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        usage = FORMS[to](package._replace(backbone=backbone), partial)
+        (partial / "README.md").write_text(f"{card}\n## Load it\n\n```python\n{usage.replace('FOLDER', output.name)}\n```\n")
+        os.replace(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def _write_torchhub(package: Package, folder: Path) -> str:
+    weights = dict(package.backbone.state_dict())
+    if isinstance(package.backbone, VisionTransformer) and package.backbone.layer_scale is not None:
+        weights["mask_token"] = torch.zeros(1, package.backbone.embed_dim)  # DINOv2's networks have one, for their training
+    if package.head is None:
+        torch.save(weights, folder / "backbone.pth")
+        return 'weights = torch.load("FOLDER/backbone.pth")\nvision_transformer.load_state_dict(weights)  # the reference\'s'
+    network = {f"backbone.{name}": v for name, v in weights.items()} | {f"head.{name}": v for name, v in package.head.items()}
+    student = {f"module.{name}": value for name, value in network.items()}
+    held = {"student": student, "teacher": network, "epoch": 0}
+    if package.center is not None:
+        held["dino_loss"] = {"center": package.center.cpu()}
+    torch.save(held, folder / "checkpoint.pth")
+    return 'checkpoint = torch.load("FOLDER/checkpoint.pth")  # "student", "teacher", "dino_loss", as the reference\'s'
+
+
+def _write_safetensors(package: Package, folder: Path) -> str:
+    from safetensors.torch import save_file
+
+    weights = dict(package.backbone.state_dict())
+    if package.head is not None:
+        weights = {f"backbone.{name}": v for name, v in weights.items()} | {f"head.{name}": v for name, v in package.head.items()}
+    facts: Mapping[str, Any] = facts_of(package.backbone) if isinstance(package.backbone, VisionTransformer) else {}
+    metadata = {"format": "pt", "dino_lightning": json.dumps(facts)}
+    save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", metadata=metadata)
+    return 'from dino_lightning import load_backbone\n\nbackbone = load_backbone("FOLDER")'
+
+
+def _write_torchvision(package: Package, folder: Path) -> str:
+    name = type(package.backbone).__module__
+    if not name.startswith("torchvision."):
+        raise ValueError(f"torchvision has no {type(package.backbone).__name__}; choose one of the other forms")
+    torch.save(package.backbone.state_dict(), folder / "backbone.pth")
+    builder = name.rpartition(".")[2]
+    return (
+        f"model = torchvision.models.{builder}...()  # the same size\nmodel.fc = torch.nn.Identity()\n"
+        'model.load_state_dict(torch.load("FOLDER/backbone.pth"))'
+    )
+
+
+FORMS: dict[str, Callable[[Package, Path], str]] = {
+    "torchhub": _write_torchhub,
+    "timm": write_timm,
+    "transformers": write_transformers,
+    "torchvision": _write_torchvision,
+    "safetensors": _write_safetensors,
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+}
+_WITH_HEAD: Sequence[str] = ("torchhub", "safetensors")

@@ -1,0 +1,178 @@
+"""Backbones from weights of any origin, and weights into networks that are there, with a report of what fitted."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.weights.networks import network_for
+from dino_lightning.weights.source import Source, open_source
+
+log = logging.getLogger(__name__)
+
+# Parts of published files that have nothing to do with features: classifiers, poolers, what masked training needs.
+_BESIDE = ("head.", "fc.", "classifier.", "pooler.", "mask_token")
+
+
+class Report(NamedTuple):
+    """What a load found: the number of ``matched`` tensors, names ``missing`` in the source, names ``unexpected`` in it."""
+
+    matched: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+
+    def __str__(self) -> str:
+        rest = [f"{kind}: {_listed(names)}" for kind, names in (("missing", self.missing), ("unexpected", self.unexpected)) if names]
+        return "; ".join([f"{self.matched} tensors matched", *rest])
+
+
+def load_backbone(
+    source: str | Path | nn.Module,
+    *,
+    img_size: int | Sequence[int] | None = None,
+    in_chans: int | None = None,
+    num_heads: int | None = None,
+    drop_path_rate: float = 0.0,
+    network: Literal["teacher", "student"] = "teacher",
+) -> nn.Module:
+    """A trained backbone, in evaluation mode: images (B, C, H, W) → features (B, D).
+
+    ViTs become a ``VisionTransformer``, which takes any size that its patches divide, ResNets that of torchvision. The log says
+    how many tensors matched, and what was left over. For other numbers of channels the first convolution is adapted: for one
+    channel its weights are summed over red, green and blue; for n, they are repeated in turn, times 3/n.
+
+    Args:
+        source: a file (``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) of the reference, with the backbone alone or a whole
+            checkpoint, of DINOv2, of timm, or of this package; a folder that transformers, timm or ``dino-lightning export``
+            wrote; a name of torch.hub (``dino_vits16``, ``dinov2_vitb14_reg``, ...: downloaded once), or ``timm/NAME`` with
+            pretrained weights; or a ViT of timm or transformers.
+        img_size: pixels, int or (H, W): size to whose grid the positions are interpolated; by default they stay as they are.
+        in_chans: channels of the images; by default those of the source.
+        num_heads: attention heads, where the source does not tell and the shape is not a usual one.
+        drop_path_rate: of a ViT, for further training.
+        network: which one of a whole checkpoint.
+
+    Raises:
+        FileNotFoundError: if there is no such source.
+        ConnectionError: if a published one cannot be downloaded, saying where to put the file.
+        ValueError: if the source holds no weights of a ViT or ResNet, not all of them, or such of other shapes.
+    """
+    found = open_source(source, network)
+    facts = {**found.facts, **({"num_heads": num_heads} if num_heads else {})}
+    if img_size is not None:
+        facts.setdefault("img_size", img_size)
+    try:
+        backbone = network_for(found.backbone, facts, drop_path_rate)
+    except ValueError as error:
+        raise ValueError(f"{found.name}: {error}") from error
+    report = load_into(backbone, found)
+    if report.missing:
+        raise ValueError(f"{found.name} is not a whole backbone: {report}")
+    if img_size is not None and isinstance(backbone, VisionTransformer):
+        backbone.set_grid(img_size)
+    if in_chans is not None:
+        _adapt_first_convolution(backbone, in_chans)
+    return backbone.eval()
+
+
+def load_into(backbone: nn.Module, source: Source) -> Report:
+    """Copies weights into a backbone that is there; positions are interpolated to its grid, the first convolution is adapted.
+
+    Raises:
+        ValueError: if nothing matches, something is of another shape, or the file is a published one and does not fit wholly.
+    """
+    own, weights = backbone.state_dict(), dict(source.backbone)
+    matching = [name for name in own if name in weights]
+    missing = tuple(name for name in own if name not in weights and not name.endswith("num_batches_tracked"))
+    unexpected = tuple(name for name in weights if name not in own)
+    report = Report(len(matching), missing, unexpected)
+    if not matching:
+        raise ValueError(
+            f"nothing in {source.name} matches the backbone: it has {_listed(tuple(weights))}, the backbone has {_listed(tuple(own))}"
+        )
+    if source.published and (missing or any(not name.startswith(_BESIDE) for name in unexpected)):
+        raise ValueError(f"the file of {source.name} is not what was published under this name: {report}")
+    weights = {name: weights[name] for name in matching}
+    if isinstance(backbone, VisionTransformer):
+        weights = _fitted(weights, backbone, source)
+    first = _first_convolution(backbone)
+    if first in weights:
+        weights[first] = adapted(weights[first], own[first].shape[1])
+    wrong = [f"{name} {tuple(v.shape)} instead of {tuple(own[name].shape)}" for name, v in weights.items() if v.shape != own[name].shape]
+    if wrong:
+        raise ValueError(
+            f"{source.name} is of another network: {_listed(tuple(wrong))}. Choose the backbone and patch_size that it was trained with"
+        )
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+    log.log(logging.WARNING if missing or unexpected else logging.INFO, "%s: %s", source.name, report)
+    return report
+
+
+def start_from(source: str | Path, backbone: nn.Module, head: nn.Module | None, center: Tensor) -> None:
+    """Copies the weights of a source into a backbone, and where a head is given, into it and the centre (1, K).
+
+    Raises:
+        ValueError: as ``load_into``, or if the source has no head of this shape.
+    """
+    found = open_source(source)
+    load_into(backbone, found)
+    if head is None:
+        return
+    if not found.head:
+        raise ValueError(f"{found.name} holds no projection head; leave weights_with_head out for a new one")
+    own = head.state_dict()
+    wrong = [name for name in own.keys() | found.head.keys() if getattr(found.head.get(name), "shape", 0) != getattr(own.get(name), "shape", 0)]
+    if wrong or (found.center is not None and found.center.shape != center.shape):
+        raise ValueError(
+            f"the projection head of {found.name} is another one ({_listed(tuple(sorted(wrong)))} differ); choose its out_dim "
+            f"({len(found.head['last_layer.weight_v'])}), hidden_dim, bottleneck_dim and head_layers"
+        )
+    head.load_state_dict(found.head)
+    if found.center is not None:
+        center.copy_(found.center)
+
+
+def adapted(weight: Tensor, in_chans: int) -> Tensor:
+    """Weights (O, C, h, w) of a first convolution for ``in_chans`` channels.
+
+    For one channel, their sum: a gray image gives what its copy in all channels gave. For n, the channels in turn, times C/n:
+    of images whose channels are all alike, the same comes out.
+    """
+    channels = weight.shape[1]
+    if in_chans == channels:
+        return weight
+    if in_chans == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
+
+
+def _fitted(weights: Mapping[str, Tensor], vit: VisionTransformer, source: Source) -> dict[str, Tensor]:
+    """Weights of a ViT with the positions on the grid of ``vit``, by the interpolation that belongs to the weights."""
+    positions = weights.get("pos_embed")
+    if positions is None or positions.shape == vit.pos_embed.shape or positions.shape[2] != vit.embed_dim:
+        return dict(weights)
+    given = network_for(source.backbone, {"num_heads": vit.blocks[0].attn.num_heads, **source.facts})
+    given.pos_embed.data.copy_(positions)
+    given.set_grid([side * given.patch_size for side in vit.grid])
+    return {**weights, "pos_embed": given.pos_embed.detach()}
+
+
+def _first_convolution(backbone: nn.Module) -> str:
+    """Name of the weight of the first convolution."""
+    return next((f"{name}.weight" for name, part in backbone.named_modules() if isinstance(part, nn.Conv2d)), "")
+
+
+def _adapt_first_convolution(backbone: nn.Module, in_chans: int) -> None:
+    convolution = backbone.get_submodule(_first_convolution(backbone).removesuffix(".weight"))
+    convolution.weight = nn.Parameter(adapted(convolution.weight.detach(), in_chans))
+    convolution.in_channels = in_chans
+
+
+def _listed(names: tuple[str, ...], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
