@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
@@ -240,8 +240,7 @@ class DINOModule(LightningModule):
             self._guard.watch(non_finite, self._report(step))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        fused = not scaled and self.device.type in ("cpu", "cuda")
+        fused = _may_fuse(self.trainer)
         return build_optimizer(
             self.options["optimizer"], self.student, weight_decay=self.options["weight_decay"], fused=fused
         )
@@ -299,6 +298,10 @@ class DINOModule(LightningModule):
         if self._trainer is not None:  # a run that goes on, not a module that is loaded
             self._layout = checkpoint.get("layout")
             resume.place(checkpoint, self.trainer)
+            for state in checkpoint.get("optimizer_states", ()):
+                for group in state["param_groups"]:  # the precision and the device may be others than before
+                    if "fused" in group:
+                        group["fused"] = _may_fuse(self.trainer)
 
     @property
     def backbone_name(self) -> str | None:
@@ -364,6 +367,12 @@ class DINOModule(LightningModule):
             f"{report}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
             "instead of 16-mixed. All ranks stop here"
         )
+
+
+def _may_fuse(trainer: Trainer) -> bool:
+    """Whether the optimizer's step may be one kernel: not under a gradient scaler, which it would undo after the clipping."""
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    return not scaled and trainer.strategy.root_device.type in ("cpu", "cuda")
 
 
 def _plain(backbone: Any) -> Any:

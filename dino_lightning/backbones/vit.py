@@ -176,11 +176,12 @@ class VisionTransformer(nn.Module):
     def _tokens(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, T, D) with positions added: class token, registers, h·w patches."""
         grid = _grid(*x.shape[-2:], self.patch_size)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        batch = x.shape[0]  # not len(x), which torch.export would take for a constant
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(x)], dim=1)
         x = x + self._positions(*grid)
         if self.register_tokens is None:
             return x
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Learned positions for a grid of h × w patches (1, 1 + h·w, D)."""

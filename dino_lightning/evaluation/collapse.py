@@ -93,9 +93,9 @@ def stuck(signs: Signs, out_dim: int, steps: int) -> Verdict:
 
 def too_many_prototypes(out_dim: int, images: int) -> Verdict | None:
     """Of K against the number of training images; the paper has 20 images for each prototype."""
-    if out_dim <= images:
-        return None
     fitting = max(64, 2 ** int(math.log2(max(1, images / 8))))
+    if out_dim <= max(images, fitting):
+        return None
     return Verdict(
         "too_many_prototypes",
         f"out_dim={out_dim} prototypes for {images} training images: most can never be used. Set out_dim to about {fitting}, "

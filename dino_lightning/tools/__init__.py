@@ -1,8 +1,10 @@
 """The commands beside fit: functions whose arguments are the command line's, called on checkpoints and features."""
 
+from dino_lightning.tools.adopt import adopt
 from dino_lightning.tools.attention import attention
 from dino_lightning.tools.clusters import clusters
 from dino_lightning.tools.duplicates import duplicates
+from dino_lightning.tools.export import export
 from dino_lightning.tools.extract import extract
 from dino_lightning.tools.finetune import finetune
 from dino_lightning.tools.knn import knn
@@ -11,9 +13,11 @@ from dino_lightning.tools.neighbors import neighbors
 from dino_lightning.tools.video import video
 
 TOOLS = {
+    "adopt": adopt,
     "attention": attention,
     "clusters": clusters,
     "duplicates": duplicates,
+    "export": export,
     "extract": extract,
     "finetune": finetune,
     "knn": knn,

@@ -1,5 +1,6 @@
 """Backbones as graphs, without their Python code: ONNX and torch.export. Any batch, one image size."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ def write_onnx(package: Any, folder: Path) -> str:
         RuntimeError: if onnxruntime gives other features.
     """
     try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it
+        onnxruntime = importlib.import_module("onnxruntime")
+        importlib.import_module("onnxscript")  # torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"onnx needs {error.name}: pip install 'dino-lightning[onnx]'", name=error.name) from error
+        raise ModuleNotFoundError(f"onnx needs {error.name}: pip install '.[onnx]'", name=error.name) from error
     path = folder / "model.onnx"
     torch.onnx.export(
         package.backbone,

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,10 +65,12 @@ def head_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return head if "last_layer.weight_v" in head else {}
 
 
-def in_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's weights of a network in the reference's names, those of DINOv2 for what only that has.
+def in_our_names(weights: Mapping[str, Tensor], img_size: Sequence[int] | int | None = None) -> dict[str, Tensor]:
+    """The weights of a backbone in the reference's names, those of DINOv2 for what only that has; others keep theirs.
 
-    Projection heads are left out; what is unknown keeps its name.
+    Args:
+        weights: in any layout.
+        img_size: pixels, int or (H, W): of the positions, where it is known.
     """
     for wrapper in _WRAPPERS:
         inside = {name.removeprefix(wrapper): value for name, value in weights.items() if name.startswith(wrapper)}
@@ -77,12 +79,20 @@ def in_our_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed = {_rename(name): value for name, value in weights.items()}
     for name in [name for name in renamed if re.search(r"\.(attn\.q|mlp\.gate_proj)\.", name)]:
         _fuse(renamed, name)
-    if from_timm and math.isqrt(renamed["pos_embed"].shape[1]) ** 2 == renamed["pos_embed"].shape[1]:
+    if from_timm and _is_grid(renamed["pos_embed"].shape[1], renamed["patch_embed.proj.weight"].shape[-1], img_size):
         # timm has added the class token's position to the token itself.
         renamed["pos_embed"] = torch.cat([torch.zeros_like(renamed["cls_token"]), renamed["pos_embed"]], dim=1)
     for name in [name for name in renamed if name.endswith(".mlp.fc1.weight")]:
         _name_swiglu(renamed, name.removesuffix("fc1.weight"))
     return renamed
+
+
+def _is_grid(count: int, patch_size: int, img_size: Sequence[int] | int | None) -> bool:
+    """Whether so many positions are those of the patches alone."""
+    if img_size is None:
+        return math.isqrt(count) ** 2 == count
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    return math.prod(side // patch_size for side in sides) == count
 
 
 def _rename(name: str) -> str:

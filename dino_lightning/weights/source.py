@@ -58,7 +58,7 @@ def _of_file(held: Mapping[str, Any], facts: dict[str, Any], name: str, network:
     loss = held.get("dino_loss")  # of the reference
     center = loss.get("center") if isinstance(loss, Mapping) else (held.get("state_dict") or {}).get("loss.center")
     facts = {**facts, **(held.get("dino_lightning") or {})}
-    return Source(in_our_names(_without_head(weights)), head_of(weights), facts, center, name)
+    return Source(in_our_names(_without_head(weights), facts.get("img_size")), head_of(weights), facts, center, name)
 
 
 def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -95,11 +95,12 @@ def _of_module(module: nn.Module, name: str) -> Source:
     attention = next((part for part in module.modules() if hasattr(part, "num_heads")), None)
     if attention is not None and not facts:
         facts["num_heads"] = attention.num_heads
+        facts["img_size"] = getattr(getattr(module, "patch_embed", None), "img_size", None)  # of timm
         norm = getattr(module, "norm", None)
         if isinstance(norm, nn.LayerNorm):
             facts["norm_eps"] = norm.eps
     weights = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
-    return Source(in_our_names(weights), {}, facts, None, name)
+    return Source(in_our_names(weights, facts.get("img_size")), {}, facts, None, name)
 
 
 def _pretrained_timm(name: str) -> nn.Module:

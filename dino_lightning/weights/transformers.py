@@ -45,7 +45,7 @@ def write_transformers(package: Any, folder: Path) -> str:
         from safetensors.torch import save_file
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"transformers needs {error.name}: pip install 'dino-lightning[transformers]'", name=error.name
+            f"transformers needs {error.name}: pip install '.[transformers]'", name=error.name
         ) from error
     square = vit.grid[0] == vit.grid[1]
     dinov2 = vit.layer_scale is not None or vit.register_tokens is not None or hasattr(vit.blocks[0].mlp, "w12")
