@@ -39,11 +39,17 @@ def accuracies(num_classes: int) -> MetricCollection:
 
 
 def without_repeats(labels: Tensor, trainer: Trainer, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-    """Labels (B,) of a validation batch, -1 for the samples that Lightning repeats so that all ranks have as many."""
-    loaders = trainer.val_dataloaders
-    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
-    if trainer.world_size == 1 or not isinstance(loader.sampler, DistributedSampler):  # without, each rank has all
+    """Labels (B,) of a batch of validation or test, -1 for the samples that count on another rank, or earlier on this one.
+
+    Lightning deals the samples out in turn and repeats some, so that all ranks have as many. Without its sampler, every rank
+    has all: those of the first count.
+    """
+    if trainer.world_size == 1:
         return labels
+    loaders = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+    loader = loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders
+    if not isinstance(loader.sampler, DistributedSampler):
+        return labels if trainer.is_global_zero else torch.full_like(labels, -1)
     mine = batch_idx * loader.batch_size + torch.arange(len(labels), device=labels.device)
     return labels.where(mine * trainer.world_size + trainer.global_rank < len(loader.dataset), -1)
 

@@ -2,6 +2,8 @@
 
 import argparse
 import inspect
+import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +32,10 @@ from dino_lightning.callbacks import (
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
 from dino_lightning.tools import TOOLS
+
+
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
+_NUMBERS = re.compile(rf"{_NUMBER.pattern}|\[{_NUMBER.pattern}(?:,{_NUMBER.pattern})+\]")
 
 
 class DINOCLI(LightningCLI):
@@ -85,6 +91,9 @@ class DINOCLI(LightningCLI):
             self._parser(self.config.subcommand).set_defaults({f"model.{name}": value for name, value in given.items()})
             self.config = parser.parse_args(args)
             self.config[self.config.subcommand].ckpt_path = path
+            # The checkpoint has them, and the source may be gone.
+            model = self.config[self.config.subcommand].model
+            model.weights, model.weights_with_head = None, False
             if interrupted:  # a checkpoint that is named begins another branch
                 self._wandb_id = saved.get("callbacks", {}).get(RunConfig.__name__, {}).get("wandb_id")
 
@@ -165,13 +174,29 @@ def _run_tool(name: str, args: Sequence[str]) -> None:
         explained = next(p.description for p in docstring_parser.parse(tool.__doc__).params if p.arg_name == listed)
         parser.add_argument(listed, nargs="+", type=str, help=explained)
     parser.add_function_arguments(tool, as_positional=False, fail_untyped=True)
-    options = parser.parse_args(args).as_dict()
+    options = parser.parse_args(_with_lists(args)).as_dict()
     options.pop("config")
     tool(*options.pop(listed, ()), **options)
 
 
+def _with_lists(args: Sequence[str]) -> list[str]:
+    """Numbers behind an option are its list: ``--image_size 224 336`` is ``--image_size [224,336]``."""
+    joined: list[str] = []
+    for arg in args:
+        number = _NUMBER.fullmatch(arg) is not None
+        if number and len(joined) > 1 and joined[-2].startswith("--") and _NUMBERS.fullmatch(joined[-1]):
+            joined[-1] = f"[{joined[-1].strip('[]')},{arg}]"
+        else:
+            joined.append(arg)
+    return joined
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command ``dino-lightning``."""
+    log = logging.getLogger("dino_lightning")
+    log.setLevel(logging.INFO)  # what a load of weights matched, where a run goes on
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
     args = sys.argv[1:] if args is None else list(args)
     if args and args[0] in TOOLS:
         _run_tool(args[0], args[1:])

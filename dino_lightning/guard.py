@@ -1,7 +1,10 @@
 """Stops a run whose loss is no longer finite: on all ranks together, without stalling, before a checkpoint is written."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from dino_lightning.late import LateReading
@@ -19,14 +22,32 @@ class NonFiniteGuard:
 
     def __init__(self) -> None:
         self._watched: tuple[LateReading, Callable[[], str]] | None = None
+        self._failure = ""
 
     def watch(self, count: Tensor, report: Callable[[], str]) -> None:
         """Remembers the ``count`` (scalar, on the device) of a step, and what says so if it is not zero."""
         self._watched = LateReading(count), report
 
-    def check(self) -> Callable[[], str] | None:
-        """The report of the watched step if its loss was not finite, else None. Each step is checked once."""
-        if self._watched is None:
-            return None
-        (count, report), self._watched = self._watched, None
-        return report if count.read() else None
+    def check(self, trainer: Trainer) -> None:
+        """Reads the count of the watched step, once.
+
+        Raises:
+            NonFiniteLossError: with the report of the step, if its loss was not finite; and whenever asked again.
+        """
+        if self._watched is not None and not self._failure:
+            (count, report), self._watched = self._watched, None
+            if count.read():
+                self._failure = f"{report()}; {_last_checkpoint(trainer)}. {_REMEDY}"
+        if self._failure:
+            raise NonFiniteLossError(self._failure)
+
+
+_REMEDY = (
+    "Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed instead of 16-mixed. All ranks stop here"
+)
+
+
+def _last_checkpoint(trainer: Trainer) -> str:
+    folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or os.devnull)
+    newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
+    return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"

@@ -4,7 +4,6 @@ import copy
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ from dino_lightning.checks import (
     warn_of_local_batch_norms,
 )
 from dino_lightning.checkpoint_io import AtomicCheckpointIO
-from dino_lightning.guard import NonFiniteGuard, NonFiniteLossError
+from dino_lightning.guard import NonFiniteGuard
 from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
 from dino_lightning.networks import Network, Teacher, split_views
@@ -144,7 +143,6 @@ class DINOModule(LightningModule):
         self._updated_step: int | None = None  # the global step up to which the teacher has followed; None outside a run
         self._optimizer_stepped = False
         self._guard = NonFiniteGuard()
-        self._failure = ""
         self.register_state_dict_pre_hook(_update_before_saving)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -228,7 +226,7 @@ class DINOModule(LightningModule):
         """
         if self._updated_step is None or self._updated_step == self.global_step:
             return
-        self._stop_if_not_finite()
+        self._guard.check(self.trainer)
         step, self._updated_step = self.global_step - 1, self.global_step
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
         non_finite = self.loss.update_center(skip=not stepped)
@@ -271,22 +269,21 @@ class DINOModule(LightningModule):
         self._skipped_steps = 0
         self._grad_norm = torch.zeros((), device=self.device)  # the last finite one
         self._guard = NonFiniteGuard()
-        self._failure = ""
         # A gradient scaler skips the optimizer's step without saying so; the optimizer itself knows whether it stepped.
         for optimizer in self.trainer.optimizers:
             optimizer.register_step_post_hook(self._note_step)
 
     def on_validation_start(self) -> None:
         self.update_teacher()
-        self._stop_if_not_finite()
+        self._guard.check(self.trainer)
 
     def on_train_end(self) -> None:
         self.update_teacher()
-        self._stop_if_not_finite()
+        self._guard.check(self.trainer)
         self._updated_step = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._stop_if_not_finite()
+        self._guard.check(self.trainer)
         checkpoint["drop_path_seed"] = self._seed
         if isinstance(self.teacher.backbone, VisionTransformer):
             checkpoint["dino_lightning"] = facts_of(self.teacher.backbone)
@@ -350,22 +347,6 @@ class DINOModule(LightningModule):
             f"the loss was not finite at step {step} (epoch {plan.epoch(step)}), with teacher temperature "
             f"{plan.teacher_temp_at(step):.4g}, learning rate {plan.lr_at(step):.4g}, norm of the centre "
             f"{self.loss.center.norm().item():.4g}, last finite gradient norm {self._grad_norm.item():.4g}"
-        )
-
-    def _stop_if_not_finite(self) -> None:
-        report = None if self._failure else self._guard.check()
-        if report is not None:
-            self._failure = self._explain(report())
-        if self._failure:
-            raise NonFiniteLossError(self._failure)
-
-    def _explain(self, report: str) -> str:
-        folder = Path(getattr(self.trainer.checkpoint_callback, "dirpath", None) or os.devnull)
-        newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
-        last = f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"
-        return (
-            f"{report}; {last}. Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed "
-            "instead of 16-mixed. All ranks stop here"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from conftest import write_images
@@ -13,6 +14,7 @@ from dino_lightning import DINOModule
 from dino_lightning.cli import main
 from dino_lightning.optim import is_decayed
 from dino_lightning.tools.adopt import lightning_checkpoint
+from dino_lightning.weights.files import read
 
 
 def in_the_references_layout(checkpoint, module, **flags) -> dict:
@@ -23,11 +25,12 @@ def in_the_references_layout(checkpoint, module, **flags) -> dict:
     parameters = dict(module.student.named_parameters())
     order = sorted(trained, key=lambda name: not is_decayed(name, parameters[name]))
     moments = checkpoint["optimizer_states"][0]
+    groups = [{**group, "lr": np.float64(group["lr"]), "weight_decay": np.float64(group["weight_decay"])} for group in moments["param_groups"]]
     state = {i: {k: int(v) if k == "step" else v for k, v in moments["state"][i].items()} for i in range(len(order)) if i in moments["state"]}
     return {
         "student": student,
         "teacher": {name: weights[f"teacher.{name}"] for name in module.teacher.state_dict()},
-        "optimizer": {"state": state, "param_groups": moments["param_groups"]},
+        "optimizer": {"state": state, "param_groups": groups},
         "dino_loss": {"center": weights["loss.center"]},
         "epoch": checkpoint["epoch"] + 1,
         "args": argparse.Namespace(**flags),
@@ -44,9 +47,8 @@ def test_the_golden_run_goes_on_after_its_second_epoch(run, tmp_path):
     held = in_the_references_layout(saved, whole, batch_size_per_gpu=4, seed=0)
     torch.save(held, tmp_path / "checkpoint.pth")
     steps = golden.item("config.niter") if "sgd" in run else None  # AdamW has counted them
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        read = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
-    torch.save(lightning_checkpoint(read, build_module(golden), steps), tmp_path / "adopted.ckpt")
+    read_again, _ = read(tmp_path / "checkpoint.pth")
+    torch.save(lightning_checkpoint(read_again, build_module(golden), steps), tmp_path / "adopted.ckpt")
 
     resumed, record = train(golden, build_loader(golden, batch_size=4), ckpt_path=tmp_path / "adopted.ckpt")
     torch.testing.assert_close(
@@ -87,7 +89,13 @@ def test_adopt_names_what_is_wrong(tmp_path):
     torch.save({"teacher": {"backbone.cls_token": torch.zeros(1)}}, tmp_path / "half.pth")
     with pytest.raises(ValueError, match="half.pth holds no flags of main_dino.py .*, but teacher"):
         main(["adopt", "--checkpoint", str(tmp_path / "half.pth")])
-    flags = argparse.Namespace(arch="vit_tiny", out_dim=32, batch_size_per_gpu=4, epochs=2)
+    torch.save({"args": argparse.Namespace(model="deit_tiny")}, tmp_path / "deit.pth")
+    with pytest.raises(ValueError, match="deit.pth holds flags .* of another program than main_dino.py: there is no arch"):
+        main(["adopt", "--checkpoint", str(tmp_path / "deit.pth")])
+    flags = argparse.Namespace(arch="deit_tiny", out_dim=32, batch_size_per_gpu=4, epochs=2)
+    torch.save({"args": flags, "fp16_scaler": {"scale": 2.0}}, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match="half.pth is of a run in half precision, .* give steps_per_epoch"):
+        main(["adopt", "--checkpoint", str(tmp_path / "half.pth")])
     torch.save({"student": {}, "teacher": {}, "args": flags, "epoch": 1}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="empty.pth is no whole checkpoint of a network as its flags describe it"):
         main(["adopt", "--checkpoint", str(tmp_path / "empty.pth")])

@@ -1,5 +1,6 @@
 """The command line: help, recipes, configs that round-trip, resuming, run folders, W&B."""
 
+import csv
 import json
 import os
 import re
@@ -15,8 +16,12 @@ import yaml
 from conftest import two_colours, write_images
 from lightning.pytorch.cli import LightningCLI
 
-from dino_lightning import DINOModule, MultiCropDataModule, recipes
+from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer, recipes
+from dino_lightning.backbones import build
 from dino_lightning.cli import DINOCLI, main
+from dino_lightning.datasets import ImageFolder
+from dino_lightning.evaluation import knn_accuracy
+from dino_lightning.evaluation.features import extract_features
 from dino_lightning.tools import knn
 
 SMALL = """
@@ -80,6 +85,10 @@ def test_recipes_parse_and_say_what_they_reach(recipe, capsys):
 def test_recipes_train_what_they_say(recipe, run_dir, monkeypatch):
     """Built without memory: the networks take the recipe's crops, and its warm-ups fit into its epochs."""
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TORCH_HOME", str(run_dir / "cache"))
+    published = run_dir / "cache" / "hub" / "checkpoints" / "dino_deitsmall16_pretrain.pth"
+    published.parent.mkdir(parents=True)
+    torch.save(build("vit_small").state_dict(), published)
     own_data = recipe == "quickstart"
     with torch.device("meta"):
         cli = DINOCLI(args=["--config", recipe, *([] if own_data else ["--data.root", "images"])], run=False)
@@ -211,6 +220,27 @@ def test_knn_of_a_checkpoint(run_dir, capsys):
     assert "raw pixels" in text and "untrained" in text and "12 images" in text
 
 
+def test_a_warm_start_says_the_knn_before_the_first_step(run_dir, tmp_path, caplog):
+    root = two_colours(tmp_path / "labelled")
+    weights = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    torch.save(weights.state_dict(), "weights.pth")
+    with caplog.at_level("INFO"):
+        fit("--data.root", str(root), "--model.weights", "weights.pth", "--trainer.num_sanity_val_steps", "-1", "--trainer.max_epochs", "2",
+            "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.default_root_dir", "runs")  # fmt: skip
+    said = re.search(r"before the first step: k-NN top-1 ([\d.]+) %", caplog.text)
+    with open(next(Path("runs").rglob("metrics.csv"))) as file:
+        rows = [row for row in csv.DictReader(file) if row["val/knn_top1"]]
+    assert len(rows) == 3 and rows[0]["step"] == "0"
+    assert float(rows[0]["val/knn_top1"]) == pytest.approx(float(said[1]) / 100, abs=1e-3)
+    bank, queries = (extract_features(weights.eval(), ImageFolder(root / split), size=(32, 32)) for split in ("train", "val"))
+    assert float(rows[0]["val/knn_top1"]) == pytest.approx(knn_accuracy(*bank, *queries)[0]), "of the weights as they came"
+    Path("weights.pth").unlink()  # a resumed run does not need them
+    fit("--data.root", str(root), "--model.weights", "weights.pth", "--trainer.max_epochs", "3", "--trainer.logger", "false",
+        "--trainer.default_root_dir", "runs", "--ckpt_path", "last")  # fmt: skip
+    checkpoint = str(next(Path("runs").rglob("last.ckpt")))
+    main(["knn", "--checkpoint", checkpoint, "--root", str(root), "--k", "[3]"])
+
+
 def test_knn_leaves_unreadable_images_out(small_checkpoint, tmp_path, caplog):
     root = two_colours(tmp_path)
     expected = knn(small_checkpoint, str(root), k=(3,))
@@ -278,6 +308,31 @@ def test_wandb_records_keys_and_config_offline(run_dir, monkeypatch):
     assert sum((path.parent / "checkpoints/last.ckpt").exists() for path in configs) == 2, "in the run folders"
 
 
+def test_all_loggers_show_the_same_keys(run_dir, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    kinds = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger", "dino_lightning.loggers.WandbLogger")
+    # Whole paths: W&B's service of an earlier test lives in another folder.
+    loggers = [{"class_path": kind, "init_args": {"save_dir": f"{run_dir}/runs/{kind.split('.')[-1]}"}} for kind in kinds]
+    Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    root = two_colours(run_dir / "labelled")
+    fit("--config", "loggers.yaml", "--data.root", str(root), "--trainer.default_root_dir", "runs")
+    import wandb
+
+    wandb.finish()
+    with open(next(Path("runs/CSVLogger").rglob("metrics.csv"))) as file:
+        shown = set(next(csv.reader(file))) - {"epoch", "step"}
+    (events,) = Path("runs/TensorBoardLogger").rglob("events.out.*")
+    in_tensorboard = set(accumulator.EventAccumulator(str(events)).Reload().Tags()["scalars"])
+    history, _ = read_wandb(next(Path("runs/WandbLogger").rglob("run-*.wandb")))
+    in_wandb = {key for row in history for key in row if "/" in key and not key.startswith(("trainer/", "pictures/"))}
+    assert shown == in_tensorboard - {"epoch", "hp_metric"} == in_wandb
+    watched = ("center_norm", "feature_std", "feature_rank", "view_agreement", "grad_norm", "images_per_s", "data_wait", "skipped_steps")
+    assert {"val/knn_top1", "val/rank_me", *(f"train/{name}" for name in watched)} <= shown
+
+
+@pytest.mark.slow
 def test_wandb_run_goes_on_after_an_interruption(run_dir, monkeypatch):
     """Killed in the second epoch behind the checkpoint of the first: the steps since then are trained, but not recorded, again."""
     monkeypatch.setenv("WANDB_MODE", "offline")

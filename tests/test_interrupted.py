@@ -72,6 +72,7 @@ def assert_same_end(root, other):
         assert all(torch.equal(state[name], same[name]) for name in state)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_step_and_the_run_goes_on(folder):
     whole, stopped = start("whole"), start("stopped")
     wait_for_checkpoint("stopped", stopped)

@@ -325,6 +325,16 @@ def test_fp16_with_a_real_scaler_and_overflows():
     assert trainer.global_step == 40 and all(p.isfinite().all() for p in trainer.lightning_module.parameters())
 
 
+def test_an_optimizer_resumed_under_a_scaler_is_not_fused(tmp_path):
+    """A fused one would undo the scaling after the clipping; its checkpoint remembers that it was."""
+    trainer = fit(build_module(), max_epochs=1)
+    assert trainer.optimizers[0].param_groups[0]["fused"]
+    trainer.save_checkpoint(tmp_path / "float32.ckpt")
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    trainer = fit(build_module(), ckpt_path=tmp_path / "float32.ckpt", plugins=[plugin], max_epochs=2)
+    assert trainer.global_step == 4 and not any(group["fused"] for group in trainer.optimizers[0].param_groups)
+
+
 # checkpoints
 
 

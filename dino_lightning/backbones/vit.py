@@ -187,14 +187,19 @@ class VisionTransformer(nn.Module):
         """Learned positions for a grid of h × w patches (1, 1 + h·w, D)."""
         if (h, w) == self.grid:
             return self.pos_embed
-        cls_position, positions = self.pos_embed[:, :1], self.pos_embed[:, 1:]
-        positions = positions.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (1, D, grid)
-        # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
-        offset = self.position_offset
-        scale = ((h + offset) / self.grid[0], (w + offset) / self.grid[1])
-        target = {"scale_factor": scale} if offset else {"size": (h, w)}
-        positions = F.interpolate(positions, mode="bicubic", antialias=self.position_antialias, **target)
-        return torch.cat([cls_position, positions.flatten(2).transpose(1, 2)], dim=1)
+        return interpolate_positions(self.pos_embed, self.grid, (h, w), self.position_offset, self.position_antialias)
+
+
+def interpolate_positions(
+    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool
+) -> Tensor:
+    """Positions (1, 1 + h·w, D) of a grid (h, w) and of the class token, which stays, for another grid."""
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
+    scale = ((target[0] + offset) / grid[0], (target[1] + offset) / grid[1])
+    size = {"scale_factor": scale} if offset else {"size": target}
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **size)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class _PatchEmbed(nn.Module):

@@ -2,19 +2,18 @@
 
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning.evaluation import knn_accuracy
-from dino_lightning.evaluation.spread import rank_me
+from dino_lightning.classification import without_repeats
+from dino_lightning.evaluation import FeatureMetrics
 
 
 class OnlineKNN(Callback):
     """Logs ``val/knn_top1`` and ``val/knn_top5`` (fractions) at each validation with the two labelled loaders [bank, query], and
     ``val/rank_me``, the effective rank of the bank's features; ``test/...`` in a test run.
 
+    With ``Trainer(num_sanity_val_steps=-1)`` also before the first step: what a run that starts from weights must not lose.
     Exact on any number of ranks. Without labelled loaders it does nothing; ``Trainer(check_val_every_n_epoch=n)`` says how
     often it runs.
 
@@ -24,15 +23,14 @@ class OnlineKNN(Callback):
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
-        self.k = k
-        self.temperature = temperature
-        self._batches: tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]] = ([], [])
+        self.metrics = FeatureMetrics(k, temperature)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = ([], [])
+        self.metrics.reset()
+        self.metrics.to(pl_module.device)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches = ([], [])
+        self.on_validation_epoch_start(trainer, pl_module)
 
     def on_validation_batch_end(
         self,
@@ -43,35 +41,32 @@ class OnlineKNN(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._batches[dataloader_idx].append(outputs)
+        # Lightning's check before the training takes a few batches, or with -1 all; of a resumed run it says nothing new.
+        if trainer.sanity_checking and (trainer.num_sanity_val_steps != float("inf") or trainer.global_step):
+            return
+        labels = without_repeats(outputs["labels"], trainer, batch_idx, dataloader_idx)
+        self.metrics.update(outputs["features"], labels, is_bank=dataloader_idx == 0)
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module, "val", trainer.val_dataloaders)
+        self._log(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer, pl_module, "test", trainer.test_dataloaders)
+        self._log(trainer, pl_module, "test")
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str, loaders: list) -> None:
-        bank, queries = self._batches
-        self._batches = ([], [])
-        if trainer.sanity_checking or not bank or not queries:
+    def _log(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self.metrics.is_fed:
             return
-        gathered = [_gather(trainer, loader, batches) for loader, batches in zip(loaders, (bank, queries))]
-        top1, top5 = knn_accuracy(*gathered[0], *gathered[1], k=self.k, temperature=self.temperature)
+        values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
+        self.metrics.reset()
+        if trainer.sanity_checking:  # in which Lightning logs nothing
+            top1, top5 = (100 * values[f"{stage}/knn_{name}"].item() for name in ("top1", "top5"))
+            rank_zero_info(f"before the first step: k-NN top-1 {top1:.1f} %, top-5 {top5:.1f} %")
+            for logger in trainer.loggers:
+                logger.log_metrics({name: value.item() for name, value in values.items()}, step=0)
+            return
         # The same numbers on every rank, and logged on every rank, so that callbacks can monitor them on each.
-        pl_module.log_dict({f"{stage}/knn_top1": top1, f"{stage}/knn_top5": top5}, prog_bar=True, sync_dist=True)
-        pl_module.log(f"{stage}/rank_me", rank_me(gathered[0][0]), sync_dist=True)
-
-
-def _gather(trainer: Trainer, loader: DataLoader, batches: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Features (N, D) and labels (N,) of a loader over all ranks, each labelled sample once and in order."""
-    features, labels = (torch.cat([batch[name] for batch in batches]) for name in ("features", "labels"))
-    if trainer.world_size > 1 and isinstance(loader.sampler, DistributedSampler):  # without, each rank has all
-        # Lightning deals the samples out in turn and repeats some, so that the ranks have the same number.
-        count = len(loader.dataset)
-        features, labels = (
-            trainer.strategy.all_gather(mine).transpose(0, 1).flatten(0, 1)[:count] for mine in (features, labels)
-        )
-    return features[labels >= 0], labels[labels >= 0]
+        rank = values.pop(f"{stage}/rank_me")
+        pl_module.log_dict(values, prog_bar=True, sync_dist=True)
+        pl_module.log(f"{stage}/rank_me", rank, sync_dist=True)

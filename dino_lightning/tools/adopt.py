@@ -33,13 +33,21 @@ def adopt(checkpoint: str, output: str = "adopted", steps_per_epoch: int | None 
     Args:
         checkpoint: of the reference, a whole one, not the backbone alone (for that there is --model.weights of fit).
         output: a new folder for adopted.ckpt and config.yaml.
-        steps_per_epoch: of that run; by default what AdamW has counted.
+        steps_per_epoch: of that run; by default what AdamW has counted, but in half precision, in which it left steps out.
     """
     path = Path(checkpoint)
     held, _ = read(path)
     if not isinstance(held.get("args"), argparse.Namespace):
         raise ValueError(f"{path} holds no flags of main_dino.py ('args'), but {', '.join(map(str, held))}")
     flags = vars(held["args"])
+    if "arch" not in flags:
+        raise ValueError(f"{path} holds flags ('args') of another program than main_dino.py: there is no arch among them")
+    flags["arch"] = flags["arch"].replace("deit_", "vit_")  # as it was called at first
+    if held.get("fp16_scaler") and steps_per_epoch is None:
+        raise ValueError(
+            f"{path} is of a run in half precision, whose optimizer does not count the steps that the scaler skipped; give "
+            "steps_per_epoch: the images // (batch_size_per_gpu × GPUs)"
+        )
     module = DINOModule(backbone=flags["arch"], **{name: flags[name] for name in _MODEL if name in flags})
     try:
         adopted = lightning_checkpoint(held, module, steps_per_epoch)
@@ -119,7 +127,7 @@ def _optimizer_state(state: Mapping[str, Any], student: Mapping[str, Tensor], mo
     options = module.options
     template = build_optimizer(options["optimizer"], module.student, weight_decay=options["weight_decay"], fused=False).state_dict()
     for group, held in zip(template["param_groups"], state["param_groups"]):
-        group.update({name: value for name, value in held.items() if name in ("lr", "weight_decay")})
+        group.update({name: float(value) for name, value in held.items() if name in ("lr", "weight_decay")})  # theirs are numpy's
     template["state"] = {
         ours[name]: {_OUR_NAMES.get(key, key): _tensor(value) for key, value in state["state"][theirs[name]].items()}
         for name in ours

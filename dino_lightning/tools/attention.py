@@ -44,7 +44,7 @@ def attention(
 
     Args:
         images: image files, and folders of them. An unreadable one is named in the log and left out.
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         output: folder of the pictures: NAME_attention.png for each image, and pca.png.
         image_size: pixels of the images' shorter side; by default twice that of the training's global crops, as in the
             paper's figures. The finer the patches, the sharper the maps.

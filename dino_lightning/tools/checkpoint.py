@@ -3,21 +3,31 @@
 import hashlib
 import pickle
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.module import DINOModule
+from dino_lightning.weights import load_backbone
 
 
-def load_module(checkpoint: str) -> DINOModule:
+def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teacher") -> DINOModule:
     """The module of a checkpoint of ``dino-lightning fit``, in evaluation mode, on the accelerator if there is one.
+
+    Whatever else ``load_backbone`` takes comes as the backbone of a module with an untrained head.
+
+    Args:
+        checkpoint: a ``.ckpt`` file, or a source of ``load_backbone``.
+        network: which one of a whole checkpoint of the reference; a ``.ckpt`` comes with both.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint of a DINOModule, or its weights are of another network than it says.
     """
+    if not is_ours(checkpoint):
+        return _on_device(_with_backbone(load_backbone(checkpoint, network=network)))
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"there is no checkpoint {checkpoint!r}")
     try:
@@ -32,6 +42,21 @@ def load_module(checkpoint: str) -> DINOModule:
         module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     except RuntimeError as error:
         raise ValueError(f"the weights in {checkpoint} are of another network than its options describe: {error}") from error
+    return _on_device(module)
+
+
+def is_ours(checkpoint: str) -> bool:
+    """Whether it is, by its name, a checkpoint of ``dino-lightning fit``."""
+    return Path(checkpoint).suffix == ".ckpt"
+
+
+def _with_backbone(backbone: nn.Module) -> DINOModule:
+    size = [side * backbone.patch_size for side in backbone.grid] if isinstance(backbone, VisionTransformer) else (224, 224)
+    in_chans = next(part.in_channels for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    return DINOModule(backbone, img_size=tuple(size), in_chans=in_chans, out_dim=2, hidden_dim=8, bottleneck_dim=8).eval()
+
+
+def _on_device(module: DINOModule) -> DINOModule:
     return module.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 

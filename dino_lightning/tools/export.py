@@ -7,16 +7,13 @@ from typing import Literal
 
 import torch
 import yaml
-from torch import nn
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.module import DINOModule
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
-from dino_lightning.tools.checkpoint import load_module, training_size
-from dino_lightning.weights import load_backbone
-from dino_lightning.weights.export import Package
+from dino_lightning.tools.checkpoint import is_ours, load_module, training_size
 from dino_lightning.weights.export import export as write
+from dino_lightning.weights.package import Package
 
 _Form = Literal["torchhub", "timm", "transformers", "torchvision", "safetensors", "onnx", "torch_export"]
 
@@ -34,68 +31,52 @@ def export(
     """Writes a folder with the backbone of a checkpoint in the form of another tool, and a model card.
 
     Args:
-        checkpoint: a checkpoint of dino-lightning fit, or whatever load_backbone takes.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         to: torchhub: a state dict in the reference's names; timm, transformers: folders that these load; torchvision: a state
             dict of its ResNets; safetensors: for load_backbone; onnx, torch_export: graphs for any batch of one size.
         output: the folder, which must not be there yet.
         image_size: height and width in pixels to whose grid a ViT's positions are interpolated, once and for all, as other
-            tools do that otherwise; by default that of the training.
+            tools do that otherwise (torchhub's do it as ours: there a square only); by default that of the training.
         network: the teacher, which is better, or the student.
         with_head: keep the projection head (torchhub, safetensors), to train on.
         mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
         std: per channel, likewise.
     """
-    module = _module(checkpoint)
-    if module is not None:
-        trained = getattr(module, network)
-        backbone, head, center = copy.deepcopy(trained.backbone).cpu(), trained.head.state_dict(), module.loss.center
-        in_chans, size = module.options["in_chans"], training_size(module)
-    elif with_head:
+    if with_head and not is_ours(checkpoint):
         raise ValueError(f"{checkpoint} is no checkpoint of dino-lightning fit, whose head could be kept; leave with_head out")
-    else:
-        backbone, head, center = load_backbone(checkpoint, network=network), None, None
-        in_chans = next(m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d))
-        size = _grid_size(backbone)
+    module = load_module(checkpoint, network).cpu()
+    trained, in_chans = getattr(module, network), module.options["in_chans"]
     package = Package(
-        backbone=backbone.eval(),
-        size=tuple(image_size or size),
+        backbone=copy.deepcopy(trained.backbone).eval(),
+        size=tuple(image_size or training_size(module)),
         in_chans=in_chans,
         mean=channel_numbers("mean", mean, IMAGENET_MEAN, in_chans),
         std=channel_numbers("std", std, IMAGENET_STD, in_chans),
-        head={name: value.cpu() for name, value in head.items()} if with_head else None,
-        center=center.cpu() if with_head else None,
+        head=trained.head.state_dict() if with_head else None,
+        center=module.loss.center if with_head else None,
     )
-    folder = write(package, to, output, card=_card(checkpoint, module, package, network))
+    folder = write(package, to, output, card=_card(checkpoint, package, network))
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}; README.md says how to load it")
 
 
-def _module(checkpoint: str) -> DINOModule | None:
-    """The module of a checkpoint of ours, None if it is something else."""
-    if Path(checkpoint).suffix != ".ckpt":
-        return None
-    return load_module(checkpoint).cpu()
-
-
-def _grid_size(backbone: nn.Module) -> tuple[int, int]:
-    if isinstance(backbone, VisionTransformer):
-        return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
-    return 224, 224
-
-
-def _card(checkpoint: str, module: DINOModule | None, package: Package, network: str) -> str:
+def _card(checkpoint: str, package: Package, network: str) -> str:
     """Architecture, data, recipe, k-NN, command and version, as far as the run's folder tells them."""
-    backbone = package.backbone
+    backbone, ours = package.backbone, is_ours(checkpoint)
     size = f"{package.size[0]}×{package.size[1]}"
     if isinstance(backbone, VisionTransformer):
-        shape = f"ViT, width {backbone.embed_dim}, {len(backbone.blocks)} blocks, {backbone.blocks[0].attn.num_heads} heads, patches of {backbone.patch_size} pixels"
+        heads = backbone.blocks[0].attn.num_heads
+        shape = (
+            f"ViT, width {backbone.embed_dim}, {len(backbone.blocks)} blocks, {heads} heads, patches of {backbone.patch_size} pixels"
+        )
     else:
         shape = type(backbone).__name__
     rows = {
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
-        "trained": f"DINO (self-supervised, without labels), the {network}" if module else f"elsewhere: {checkpoint}",
-        **(_history(checkpoint) if module else {}),
-        "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}: `{' '.join(['dino-lightning', *sys.argv[1:]])}`",
+        "trained": f"DINO (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
+        **(_history(checkpoint) if ours else {}),
+        "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
+        "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
     return "\n".join(["# A backbone trained with DINO\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 

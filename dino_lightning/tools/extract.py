@@ -39,7 +39,7 @@ def extract(
     Args:
         images: image files, and folders of them, flat or nested. An image named twice counts once; an unreadable one is named
             in the log and left out.
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         output: folder of features.npy (float32, a row for each image), paths.txt (line i names the image of row i) and
             features.json (what they are of: hash of the weights, size, mean, ...).
         what: cls, the features (N, D): a ViT's class token after the last block; patches, its patches after the last block

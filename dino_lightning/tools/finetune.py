@@ -38,7 +38,7 @@ def finetune(
     """Trains the teacher's backbone and a linear classifier on labelled images, random crops flipped or not.
 
     Args:
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         root: folder with train/ and a folder of queries, each with class folders.
         queries: name of the query folder; by default the first of val, validation and test that there is.
         output: a new file, the checkpoint of the last epoch (of the newest one, while it trains).

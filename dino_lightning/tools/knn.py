@@ -26,7 +26,7 @@ def knn(
     """Weighted k-NN accuracy of the teacher's features on labelled images. The log names unreadable ones, which are left out.
 
     Args:
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         root: folder with train/ (the bank) and a folder of queries, each with class folders.
         queries: name of the query folder; by default the first of val, validation and test that there is.
         k: numbers of neighbours.

@@ -36,7 +36,7 @@ def linear(
     """Accuracy of linear classifiers on the teacher's frozen features, one for each learning rate.
 
     Args:
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         root: folder with train/ and a folder of queries, each with class folders.
         queries: name of the query folder; by default the first of val, validation and test that there is.
         epochs: passes over the training images; the learning rates fall to 0 over them.

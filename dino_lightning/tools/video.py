@@ -44,7 +44,7 @@ def video(
     Args:
         frames: one folder of images, shown in the order of the numbers in their names, or one video file (with PyAV
             installed: pip install av). Unreadable images are named in the log and left out.
-        checkpoint: a checkpoint of dino-lightning fit.
+        checkpoint: of dino-lightning fit, or another source of weights: a file, a folder, a name such as dino_vits16.
         output: a name that ends with .mp4 for a film (with PyAV installed), overwritten if it exists; else a new or empty
             folder for a PNG of each frame.
         image_size: pixels of the frames' shorter side; by default twice that of the training's global crops. The finer the

@@ -6,30 +6,18 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.weights.graphs import write_onnx, write_torch_export
 from dino_lightning.weights.networks import facts_of
+from dino_lightning.weights.package import Package
 from dino_lightning.weights.timm import write_timm
 from dino_lightning.weights.transformers import write_transformers
-
-
-class Package(NamedTuple):
-    """What is handed on: a ``backbone`` in evaluation mode for images (``in_chans``, *``size``), normalised by ``mean`` and
-    ``std``, and where it is kept for further training the ``head``'s weights and the ``center``.
-    """
-
-    backbone: nn.Module
-    size: tuple[int, int]
-    in_chans: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    head: dict[str, Tensor] | None = None
-    center: Tensor | None = None
 
 
 def export(package: Package, to: str, output: str | Path, card: str = "") -> Path:
@@ -51,10 +39,10 @@ def export(package: Package, to: str, output: str | Path, card: str = "") -> Pat
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"there is already something at {output}; give another output, or move it away")
-    if package.head is not None and to not in _WITH_HEAD:
-        raise ValueError(f"{to} has no place for a projection head; {' and '.join(_WITH_HEAD)} have")
+    if package.head is not None and to not in _KEEP_HEAD:
+        raise ValueError(f"{to} has no place for a projection head; {' and '.join(_KEEP_HEAD)} have")
     backbone = copy.deepcopy(package.backbone).cpu().eval().requires_grad_(False)
-    if isinstance(backbone, VisionTransformer):
+    if isinstance(backbone, VisionTransformer) and not (to == "torchhub" and package.size[0] != package.size[1]):
         backbone.set_grid(package.size)
     partial = output.with_name(f"{output.name}.partial.{os.getpid()}")
     partial.mkdir(parents=True)
@@ -68,13 +56,21 @@ def export(package: Package, to: str, output: str | Path, card: str = "") -> Pat
 
 
 def _write_torchhub(package: Package, folder: Path) -> str:
-    weights = dict(package.backbone.state_dict())
-    if isinstance(package.backbone, VisionTransformer) and package.backbone.layer_scale is not None:
-        weights["mask_token"] = torch.zeros(1, package.backbone.embed_dim)  # DINOv2's networks have one, for their training
+    """The reference's ViT has square grids, and interpolates them as ours to any other size: there is nothing to bake."""
+    backbone = package.backbone
+    weights = dict(backbone.state_dict())
+    if isinstance(backbone, VisionTransformer):
+        if backbone.grid[0] != backbone.grid[1] or backbone.norm.eps != 1e-6:
+            raise ValueError(
+                f"the reference's ViT has a square grid and 1e-6 as epsilon of its norms, this one {backbone.grid[0]}×{backbone.grid[1]} "
+                f"and {backbone.norm.eps:g}; choose a square image_size, or safetensors, timm or onnx"
+            )
+        if backbone.layer_scale is not None:
+            weights["mask_token"] = torch.zeros(1, backbone.embed_dim)  # DINOv2's networks have one, for their training
     if package.head is None:
         torch.save(weights, folder / "backbone.pth")
         return 'weights = torch.load("FOLDER/backbone.pth")\nvision_transformer.load_state_dict(weights)  # the reference\'s'
-    network = {f"backbone.{name}": v for name, v in weights.items()} | {f"head.{name}": v for name, v in package.head.items()}
+    network = _with_head(weights, package.head)
     student = {f"module.{name}": value for name, value in network.items()}
     held = {"student": student, "teacher": network, "epoch": 0}
     if package.center is not None:
@@ -84,15 +80,19 @@ def _write_torchhub(package: Package, folder: Path) -> str:
 
 
 def _write_safetensors(package: Package, folder: Path) -> str:
-    from safetensors.torch import save_file
-
     weights = dict(package.backbone.state_dict())
     if package.head is not None:
-        weights = {f"backbone.{name}": v for name, v in weights.items()} | {f"head.{name}": v for name, v in package.head.items()}
+        weights = _with_head(weights, package.head)
+        if package.center is not None:
+            weights["loss.center"] = package.center
     facts: Mapping[str, Any] = facts_of(package.backbone) if isinstance(package.backbone, VisionTransformer) else {}
     metadata = {"format": "pt", "dino_lightning": json.dumps(facts)}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", metadata=metadata)
     return 'from dino_lightning import load_backbone\n\nbackbone = load_backbone("FOLDER")'
+
+
+def _with_head(backbone: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"backbone.{name}": v for name, v in backbone.items()} | {f"head.{name}": v for name, v in head.items()}
 
 
 def _write_torchvision(package: Package, folder: Path) -> str:
@@ -116,4 +116,4 @@ FORMS: dict[str, Callable[[Package, Path], str]] = {
     "onnx": write_onnx,
     "torch_export": write_torch_export,
 }
-_WITH_HEAD: Sequence[str] = ("torchhub", "safetensors")
+_KEEP_HEAD: Sequence[str] = ("torchhub", "safetensors")

@@ -2,17 +2,19 @@
 
 import argparse
 import json
-import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a ``.pth``, ``.ckpt``, ``.bin`` or ``.safetensors`` file holds, on the CPU, and what its metadata say of the network.
 
-    Tensors and plain types only; of classes, the argparse Namespace alone, in which the reference keeps its options.
+    Tensors and plain types only, and of what the reference writes beside them: its options, an argparse Namespace, in which there
+    may be a path, and its learning rates, numbers of numpy.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -23,24 +25,43 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_DATA):
             held = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{path} holds no weights that can be read safely, or is not whole: {reason}") from error
+    except Exception as error:  # a damaged file makes the reader fail in any way
+        raise ValueError(f"{path} holds no weights that can be read safely, or is not whole: {_reason(path, error)}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path} holds a {type(held).__name__}; expected named weights")
     return held, {}
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+# Classes without any code that could do harm; the second name is that of numpy below version 2.
+_SCALAR = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+_DATA = [
+    argparse.Namespace,
+    PosixPath,
+    _SCALAR,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype("float64")),
+]
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """The classes that it holds, or the first line of the error."""
     try:
-        from safetensors import SafetensorError, safe_open
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs safetensors: pip install safetensors", name="safetensors") from error
+        with torch.serialization.safe_globals(_DATA):
+            classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an older or a damaged file
+        classes = []
+    if classes:
+        return f"it holds {', '.join(sorted(classes))}, which may be code"
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {}).get("dino_lightning", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118  no mapping
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error

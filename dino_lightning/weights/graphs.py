@@ -2,14 +2,15 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from dino_lightning.weights.package import Package
 
 _TOLERANCE = 1e-4
 
 
-def write_onnx(package: Any, folder: Path) -> str:
+def write_onnx(package: Package, folder: Path) -> str:
     """``model.onnx``, run once by onnxruntime to see that it gives the same features.
 
     Raises:
@@ -44,7 +45,7 @@ def write_onnx(package: Any, folder: Path) -> str:
     return 'session = onnxruntime.InferenceSession("FOLDER/model.onnx")\n(features,) = session.run(None, {"images": images})'
 
 
-def write_torch_export(package: Any, folder: Path) -> str:
+def write_torch_export(package: Package, folder: Path) -> str:
     """``model.pt2``."""
     program = torch.export.export(
         package.backbone, (_images(package),), dynamic_shapes=({0: torch.export.Dim("batch")},)
@@ -53,6 +54,6 @@ def write_torch_export(package: Any, folder: Path) -> str:
     return 'backbone = torch.export.load("FOLDER/model.pt2").module()\nfeatures = backbone(images)'
 
 
-def _images(package: Any, count: int = 2) -> torch.Tensor:
+def _images(package: Package, count: int = 2) -> torch.Tensor:
     random = torch.Generator().manual_seed(0)
     return torch.randn(count, package.in_chans, *package.size, generator=random)

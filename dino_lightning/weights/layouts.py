@@ -69,22 +69,33 @@ def in_our_names(weights: Mapping[str, Tensor], img_size: Sequence[int] | int | 
     """The weights of a backbone in the reference's names, those of DINOv2 for what only that has; others keep theirs.
 
     Args:
-        weights: in any layout.
+        weights: in any layout, without the names of wrappers.
         img_size: pixels, int or (H, W): of the positions, where it is known.
     """
-    for wrapper in _WRAPPERS:
-        inside = {name.removeprefix(wrapper): value for name, value in weights.items() if name.startswith(wrapper)}
-        weights = inside or weights
     from_timm = "reg_token" in weights
     renamed = {_rename(name): value for name, value in weights.items()}
     for name in [name for name in renamed if re.search(r"\.(attn\.q|mlp\.gate_proj)\.", name)]:
         _fuse(renamed, name)
+    if "pos_embed" in renamed and "cls_token" not in renamed:
+        raise ValueError("it is a ViT without a class token, whose features ours cannot give")
     if from_timm and _is_grid(renamed["pos_embed"].shape[1], renamed["patch_embed.proj.weight"].shape[-1], img_size):
         # timm has added the class token's position to the token itself.
         renamed["pos_embed"] = torch.cat([torch.zeros_like(renamed["cls_token"]), renamed["pos_embed"]], dim=1)
     for name in [name for name in renamed if name.endswith(".mlp.fc1.weight")]:
         _name_swiglu(renamed, name.removesuffix("fc1.weight"))
+    gains = [name for name in renamed if re.fullmatch(r"blocks\.\d+\.ls[12]\.gamma", name)]
+    if all((renamed[name] == 1).all() for name in gains):  # as our exports to Dinov2Model have them: no LayerScale
+        renamed = {name: value for name, value in renamed.items() if name not in gains}
     return renamed
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what wrappers put before them, in whatever order; where some are wrapped, the others are left out."""
+    for wrapper in _WRAPPERS:
+        inside = {name.removeprefix(wrapper): value for name, value in weights.items() if name.startswith(wrapper)}
+        if inside:
+            return unwrapped(inside)
+    return dict(weights)
 
 
 def _is_grid(count: int, patch_size: int, img_size: Sequence[int] | int | None) -> bool:

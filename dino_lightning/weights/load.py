@@ -1,7 +1,7 @@
 """Backbones from weights of any origin, and weights into networks that are there, with a report of what fitted."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.weights.networks import network_for
+from dino_lightning.backbones.vit import interpolate_positions
+from dino_lightning.weights.networks import facts_of, network_for, vit_arguments
 from dino_lightning.weights.source import Source, open_source
 
 log = logging.getLogger(__name__)
 
 # Parts of published files that have nothing to do with features: classifiers, poolers, what masked training needs.
 _BESIDE = ("head.", "fc.", "classifier.", "pooler.", "mask_token")
+_WITHIN = ("blocks.", "layer", "register_tokens", "norm")  # parts without which the features would be others
 
 
 class Report(NamedTuple):
@@ -63,15 +65,13 @@ def load_backbone(
     """
     found = open_source(source, network)
     facts = {**found.facts, **({"num_heads": num_heads} if num_heads else {})}
-    if img_size is not None:
-        facts.setdefault("img_size", img_size)
     try:
-        backbone = network_for(found.backbone, facts, drop_path_rate)
+        backbone = network_for(found.backbone, facts, drop_path_rate, img_size)
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from error
-    report = load_into(backbone, found)
-    if report.missing:
-        raise ValueError(f"{found.name} is not a whole backbone: {report}")
+    load_into(backbone, found._replace(facts=facts))
+    if isinstance(source, nn.Module):
+        _check_features(source, backbone, found.name)
     if img_size is not None and isinstance(backbone, VisionTransformer):
         backbone.set_grid(img_size)
     if in_chans is not None:
@@ -82,10 +82,15 @@ def load_backbone(
 def load_into(backbone: nn.Module, source: Source) -> Report:
     """Copies weights into a backbone that is there; positions are interpolated to its grid, the first convolution is adapted.
 
+    What the source has beside a backbone is named in the log, and left out.
+
     Raises:
-        ValueError: if nothing matches, something is of another shape, or the file is a published one and does not fit wholly.
+        ValueError: if nothing matches, something is missing, of another shape or of a part that the backbone does not have; of a
+            published file, if anything is left over but a classifier.
     """
-    own, weights = backbone.state_dict(), dict(source.backbone)
+    own = backbone.state_dict()
+    # A network of another library may bear the names that the source has, before they become ours.
+    weights = dict(source.plain if own.keys() <= source.plain.keys() else source.backbone)
     matching = [name for name in own if name in weights]
     missing = tuple(name for name in own if name not in weights and not name.endswith("num_batches_tracked"))
     unexpected = tuple(name for name in weights if name not in own)
@@ -94,11 +99,16 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
         raise ValueError(
             f"nothing in {source.name} matches the backbone: it has {_listed(tuple(weights))}, the backbone has {_listed(tuple(own))}"
         )
-    if source.published and (missing or any(not name.startswith(_BESIDE) for name in unexpected)):
+    if missing:
+        raise ValueError(f"{source.name} is not a whole backbone of this kind: {report}")
+    if any(name.startswith(_WITHIN) for name in unexpected):
+        raise ValueError(f"{source.name} is of a network with other parts: {report}. Choose the backbone that it was trained with")
+    if source.published and any(not name.startswith(_BESIDE) for name in unexpected):
         raise ValueError(f"the file of {source.name} is not what was published under this name: {report}")
     weights = {name: weights[name] for name in matching}
     if isinstance(backbone, VisionTransformer):
-        weights = _fitted(weights, backbone, source)
+        _check_function(backbone, source)
+        weights["pos_embed"] = _fitted(weights["pos_embed"], backbone, source)
     first = _first_convolution(backbone)
     if first in weights:
         weights[first] = adapted(weights[first], own[first].shape[1])
@@ -110,7 +120,7 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)
-    log.log(logging.WARNING if missing or unexpected else logging.INFO, "%s: %s", source.name, report)
+    log.log(logging.WARNING if unexpected else logging.INFO, "%s: %s", source.name, report)
     return report
 
 
@@ -152,15 +162,58 @@ def adapted(weight: Tensor, in_chans: int) -> Tensor:
     return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
-def _fitted(weights: Mapping[str, Tensor], vit: VisionTransformer, source: Source) -> dict[str, Tensor]:
-    """Weights of a ViT with the positions on the grid of ``vit``, by the interpolation that belongs to the weights."""
-    positions = weights.get("pos_embed")
-    if positions is None or positions.shape == vit.pos_embed.shape or positions.shape[2] != vit.embed_dim:
-        return dict(weights)
-    given = network_for(source.backbone, {"num_heads": vit.blocks[0].attn.num_heads, **source.facts})
-    given.pos_embed.data.copy_(positions)
-    given.set_grid([side * given.patch_size for side in vit.grid])
-    return {**weights, "pos_embed": given.pos_embed.detach()}
+def _fitted(positions: Tensor, vit: VisionTransformer, source: Source) -> Tensor:
+    """Positions (1, 1 + h·w, D) on the grid of ``vit``, interpolated as in the network they come from."""
+    size = [side * vit.patch_size for side in vit.grid]
+    theirs = vit_arguments(source.backbone, source.facts, wanted_size=size)
+    grid = tuple(side // theirs["patch_size"] for side in theirs["img_size"])
+    if grid == vit.grid:
+        return positions
+    return interpolate_positions(positions.float(), grid, vit.grid, theirs["position_offset"], theirs["position_antialias"])
+
+
+def _check_function(vit: VisionTransformer, source: Source) -> None:
+    """Weights of other heads, or for another epsilon, have the same shapes, and give other features."""
+    own = facts_of(vit)
+    for name, what in (("num_heads", "attention heads"), ("norm_eps", "as epsilon of its norms")):
+        theirs = source.facts.get(name, own[name])
+        slight = name == "norm_eps" and max(theirs or 0, own[name]) <= 1e-5  # 1e-12 in transformers: a difference in the 4th digit
+        if theirs is not None and theirs != own[name] and not slight:
+            raise ValueError(f"{source.name} is of a ViT with {theirs} {what}, the backbone has {own[name]}; choose the same")
+
+
+@torch.no_grad()
+def _check_features(module: nn.Module, backbone: nn.Module, name: str) -> None:
+    """A network of another library may compute something else from the same weights; where it gives features, they are compared."""
+    size = [side * backbone.patch_size for side in backbone.grid] if isinstance(backbone, VisionTransformer) else (64, 64)
+    random = torch.Generator().manual_seed(0)
+    channels = backbone.state_dict()[_first_convolution(backbone)].shape[1]
+    weight = next(module.parameters())
+    images = torch.randn(1, channels, *size, generator=random)
+    modes = {part: part.training for part in module.modules()}
+    try:
+        expected = _features_of(module.eval(), images.to(weight))
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    if expected is None:
+        return
+    found = backbone.eval()(images)
+    difference = (expected.float().cpu() - found).abs().max().item()
+    if difference > (1e-3 if weight.dtype == torch.float32 else 3e-2) * found.abs().max().item():
+        raise ValueError(
+            f"{name} computes something else from the same weights (its features differ by {difference:.2g}): it is no plain ViT or "
+            "ResNet. Use it itself as the backbone"
+        )
+
+
+def _features_of(module: nn.Module, images: Tensor) -> Tensor | None:
+    if hasattr(module, "forward_head"):  # timm
+        return module.forward_head(module.forward_features(images), pre_logits=True)
+    output = module(images)
+    if hasattr(output, "last_hidden_state"):  # transformers
+        return output.last_hidden_state[:, 0]
+    return output if isinstance(output, Tensor) and isinstance(module, VisionTransformer) else None
 
 
 def _first_convolution(backbone: nn.Module) -> str:

@@ -1,7 +1,7 @@
 """Networks for given weights: what a ViT or a ResNet must be like to take them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,19 +30,37 @@ def facts_of(vit: VisionTransformer) -> dict[str, Any]:
     }
 
 
-def network_for(weights: Mapping[str, Tensor], facts: Mapping[str, Any], drop_path_rate: float = 0.0) -> nn.Module:
+def heads_of(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> int | None:
+    """Attention heads of a ViT: what is known, or those of the usual shape; None for others."""
+    width, depth = weights["patch_embed.proj.weight"].shape[0], _depth(weights)
+    return facts.get("num_heads") or _HEADS.get((width, depth))
+
+
+def network_for(
+    weights: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    drop_path_rate: float = 0.0,
+    wanted_size: int | Sequence[int] | None = None,
+) -> nn.Module:
     """An untrained network of the shapes of these weights: a ``VisionTransformer``, or a ResNet of torchvision.
 
     Args:
         weights: of a backbone, in our names.
         facts: what else is known of a ViT, arguments of VisionTransformer.
         drop_path_rate: of a ViT.
+        wanted_size: pixels, int or (H, W): the size of a ViT's positions, where they are of no square and nobody says of what.
 
     Raises:
         ValueError: if they are of another kind, or leave open what the network is.
     """
     if "pos_embed" in weights and "patch_embed.proj.weight" in weights:
-        return VisionTransformer(**_vit_arguments(weights, facts), drop_path_rate=drop_path_rate)
+        arguments = vit_arguments(weights, facts, wanted_size)
+        if arguments["num_heads"] is None:
+            raise ValueError(
+                f"the weights are of a ViT of width {arguments['embed_dim']} and depth {arguments['depth']}, and do not tell how many "
+                "attention heads it has; give num_heads"
+            )
+        return VisionTransformer(**arguments, drop_path_rate=drop_path_rate)
     if "conv1.weight" in weights and "layer1.0.conv1.weight" in weights:
         counts = tuple(sum(f"layer{i}.{j}.conv1.weight" in weights for j in range(64)) for i in range(1, 5))
         name = _RESNETS.get((counts, "layer1.0.conv3.weight" in weights))
@@ -55,20 +73,22 @@ def network_for(weights: Mapping[str, Tensor], facts: Mapping[str, Any], drop_pa
     )
 
 
-def _vit_arguments(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
+def vit_arguments(
+    weights: Mapping[str, Tensor], facts: Mapping[str, Any], wanted_size: int | Sequence[int] | None
+) -> dict[str, Any]:
+    """Arguments of the VisionTransformer of these weights; num_heads is None where nothing tells."""
     projection, registers = weights["patch_embed.proj.weight"], weights.get("register_tokens")
     width, in_chans, patch_size = projection.shape[:3]
-    depth = sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in weights)
     swiglu = "blocks.0.mlp.w12.weight" in weights
     hidden = weights.get("blocks.0.mlp.fc1.weight")
     arguments = {
-        "img_size": _sides(weights["pos_embed"].shape[1] - 1, patch_size, facts.get("img_size")),
+        "img_size": _sides(weights["pos_embed"].shape[1] - 1, patch_size, facts.get("img_size"), wanted_size),
         "patch_size": patch_size,
         "in_chans": in_chans,
         "embed_dim": width,
-        "depth": depth,
-        "num_heads": facts.get("num_heads") or _HEADS.get((width, depth)),
-        "mlp_ratio": 4.0 if swiglu or hidden is None else hidden.shape[0] / width,
+        "depth": _depth(weights),
+        "num_heads": heads_of(weights, facts),
+        "mlp_ratio": _swiglu_ratio(weights, width) if swiglu else ratio(hidden.shape[0], width) if hidden is not None else 4.0,
         "registers": 0 if registers is None else registers.shape[1],
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in weights else None,
         "ffn": "swiglu" if swiglu else "mlp",
@@ -77,21 +97,29 @@ def _vit_arguments(weights: Mapping[str, Tensor], facts: Mapping[str, Any]) -> d
         "position_antialias": facts.get("position_antialias", registers is not None),
         "norm_eps": facts.get("norm_eps", 1e-6),
     }
-    if arguments["num_heads"] is None:
-        raise ValueError(
-            f"the weights are of a ViT of width {width} and depth {depth}, and do not tell how many attention heads it has; "
-            "give num_heads"
-        )
     return arguments
 
 
-def _sides(patches: int, patch_size: int, img_size: Any) -> tuple[int, int]:
-    """(H, W) in pixels of the positions' grid."""
-    if img_size is not None:
-        sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+def ratio(hidden: int, width: int) -> float:
+    """The mlp_ratio with which int(width · ratio) is the hidden width."""
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _swiglu_ratio(weights: Mapping[str, Tensor], width: int) -> float:
+    return 1.5 * weights["blocks.0.mlp.w3.weight"].shape[1] / width  # what is lost by rounding, rounding up to eights restores
+
+
+def _depth(weights: Mapping[str, Tensor]) -> int:
+    return sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in weights)
+
+
+def _sides(
+    patches: int, patch_size: int, known: int | Sequence[int] | None, wanted: int | Sequence[int] | None
+) -> tuple[int, int]:
+    """(H, W) in pixels of the positions' grid: what is known, else a square, else what is wanted."""
+    side = math.isqrt(patches) * patch_size
+    for size in (known, side, wanted):
+        sides = (size, size) if isinstance(size, int) else tuple(size or (0, 0))
         if (sides[0] // patch_size) * (sides[1] // patch_size) == patches:
             return sides
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"the {patches} positions are of no square image, and nothing says of which; give img_size=(H, W)")
-    return side * patch_size, side * patch_size
+    raise ValueError(f"the {patches} positions are of no square image, and nothing says of which; give img_size=(H, W)")

@@ -21,13 +21,11 @@ PUBLISHED = {
 
 
 def fetch(name: str) -> Path:
-    """The file of a published backbone, downloaded once into torch.hub's cache.
-
-    Its SHA-256 is written down beside it when it is first seen, and compared whenever it is used.
+    """The file of a published backbone, downloaded once into torch.hub's cache; ``remember`` it when it was read.
 
     Raises:
         ConnectionError: if it cannot be downloaded, saying where to put the file.
-        ValueError: if the file is not the one that was seen first.
+        ValueError: if the file is not the one that was remembered.
     """
     address = PUBLISHED[name]
     path = Path(torch.hub.get_dir()) / "checkpoints" / address.rpartition("/")[2]
@@ -39,17 +37,25 @@ def fetch(name: str) -> Path:
             raise ConnectionError(
                 f"cannot download {address} ({error}); on a machine without network, put this file to {path}"
             ) from error
-    recorded, found = path.with_name(f"{path.name}.sha256"), _sha256(path)
-    if not recorded.exists():
-        partial = recorded.with_name(f"{recorded.name}.{os.getpid()}")
-        partial.write_text(found + "\n")
-        os.replace(partial, recorded)
-    elif recorded.read_text().strip() != found:
+    record = _record(path)
+    if record.exists() and record.read_text().strip() != _sha256(path):
         raise ValueError(
-            f"{path} is not the file that was seen first: its SHA-256 is {found}, {recorded.name} says "
-            f"{recorded.read_text().strip()}. Delete both to download it again"
+            f"{path} is not the file that was read first: its SHA-256 is {_sha256(path)}, {record.name} says "
+            f"{record.read_text().strip()}. Delete both to download it again"
         )
     return path
+
+
+def remember(path: Path) -> None:
+    """Writes its SHA-256 down beside it, against which it is compared from now on."""
+    if not _record(path).exists():
+        partial = path.with_name(f"{path.name}.sha256.{os.getpid()}")
+        partial.write_text(_sha256(path) + "\n")
+        os.replace(partial, _record(path))
+
+
+def _record(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def _sha256(path: Path) -> str:

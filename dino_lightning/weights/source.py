@@ -7,17 +7,20 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from dino_lightning.backbones import VisionTransformer
 from dino_lightning.weights.files import read
-from dino_lightning.weights.layouts import head_of, in_our_names, part_of
-from dino_lightning.weights.published import PUBLISHED, fetch
+from dino_lightning.weights.layouts import head_of, in_our_names, part_of, unwrapped
+from dino_lightning.weights.networks import facts_of, heads_of
+from dino_lightning.weights.published import PUBLISHED, fetch, remember
 
 
 class Source(NamedTuple):
-    """``backbone``: weights in our names; ``head``: of the projection head, empty without; ``facts``: what else is known of a
+    """``backbone``: weights in our names; ``plain``: in their own; ``head``: of the projection head, empty without; ``facts``: what else is known of a
     ViT; ``center``: of the loss, None without; ``name``: for people; ``published``: whether it must fit without a rest.
     """
 
     backbone: dict[str, Tensor]
+    plain: dict[str, Tensor]
     head: dict[str, Tensor]
     facts: dict[str, Any]
     center: Tensor | None
@@ -36,8 +39,11 @@ def open_source(source: str | Path | nn.Module, network: Literal["teacher", "stu
         return _of_module(source, type(source).__name__)
     name = str(source)
     if name in PUBLISHED:
-        held, facts = read(fetch(name))
-        return _of_file(held, facts, name, network)._replace(published=True)
+        path = fetch(name)
+        found = _of_file(*read(path), name, network)
+        remember(path)
+        facts = {"num_heads": heads_of(found.backbone, {})} if "pos_embed" in found.backbone else {}
+        return found._replace(published=True, facts={**found.facts, **facts})
     if name.startswith("timm/"):
         return _of_module(_pretrained_timm(name.removeprefix("timm/")), name)
     path = Path(source)
@@ -47,7 +53,10 @@ def open_source(source: str | Path | nn.Module, network: Literal["teacher", "stu
         raise FileNotFoundError(
             f"there is no file or folder {name!r}, and it is no published name either: {', '.join(PUBLISHED)}, or timm/NAME"
         )
-    return _of_file(*read(path), name, network)
+    held, facts = read(path)
+    if path.name in _OF_FOLDERS:  # its config lies beside it
+        facts = {**_config_beside(path), **facts}
+    return _of_file(held, facts, name, network)
 
 
 def _of_file(held: Mapping[str, Any], facts: dict[str, Any], name: str, network: str) -> Source:
@@ -55,10 +64,12 @@ def _of_file(held: Mapping[str, Any], facts: dict[str, Any], name: str, network:
         weights = part_of(held, network)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    loss = held.get("dino_loss")  # of the reference
-    center = loss.get("center") if isinstance(loss, Mapping) else (held.get("state_dict") or {}).get("loss.center")
+    # Of the reference, of Lightning, of our safetensors.
+    parts = (held.get("dino_loss"), "center"), (held.get("state_dict"), "loss.center"), (held, "loss.center")
+    center = next((part[key] for part, key in parts if isinstance(part, Mapping) and key in part), None)
     facts = {**facts, **(held.get("dino_lightning") or {})}
-    return Source(in_our_names(_without_head(weights), facts.get("img_size")), head_of(weights), facts, center, name)
+    plain = unwrapped(_without_head(weights))
+    return Source(in_our_names(plain, facts.get("img_size")), plain, head_of(weights), facts, center, name)
 
 
 def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,15 +81,29 @@ def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _of_folder(path: Path, network: str) -> Source:
     """A folder of transformers, of timm, or of our export: config.json and one file of weights."""
-    file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), None)
+    file = next((path / name for name in _OF_FOLDERS if (path / name).is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"the folder {path} holds neither model.safetensors nor pytorch_model.bin")
+        raise FileNotFoundError(f"the folder {path} holds none of {', '.join(_OF_FOLDERS)}")
     held, facts = read(file)
-    config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-    return _of_file(held, {**_said_by_config(config), **facts}, str(path), network)
+    return _of_file(held, {**_config_beside(file), **facts}, str(path), network)
+
+
+_OF_FOLDERS = ("model.safetensors", "pytorch_model.bin", "backbone.pth", "checkpoint.pth")
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    config = file.with_name("config.json")
+    return _said_by_config(json.loads(config.read_text())) if config.is_file() else {}
 
 
 def _said_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of transformers or timm.
+
+    Raises:
+        ValueError: if its networks compute something else than ours.
+    """
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"its blocks have the activation {config['hidden_act']}, ours GELU: the features would be others")
     arguments = config.get("model_args", {})  # of timm
     found = {
         "num_heads": config.get("num_attention_heads") or arguments.get("num_heads"),
@@ -90,6 +115,9 @@ def _said_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_module(module: nn.Module, name: str) -> Source:
     """A network of timm or transformers (or ours): its weights, and its heads and epsilon where it tells them."""
+    weights = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
+    if isinstance(module, VisionTransformer):
+        return Source(weights, weights, {}, facts_of(module), None, name)
     config = getattr(module, "config", None)
     facts = _said_by_config(config.to_dict()) if hasattr(config, "to_dict") else {}
     attention = next((part for part in module.modules() if hasattr(part, "num_heads")), None)
@@ -99,8 +127,8 @@ def _of_module(module: nn.Module, name: str) -> Source:
         norm = getattr(module, "norm", None)
         if isinstance(norm, nn.LayerNorm):
             facts["norm_eps"] = norm.eps
-    weights = {key: value.detach().cpu().clone() for key, value in module.state_dict().items()}
-    return Source(in_our_names(weights, facts.get("img_size")), {}, facts, None, name)
+    weights = unwrapped(weights)
+    return Source(in_our_names(weights, facts.get("img_size")), weights, {}, facts, None, name)
 
 
 def _pretrained_timm(name: str) -> nn.Module:

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.weights.networks import ratio
+from dino_lightning.weights.package import Package
 
 
-def write_timm(package: Any, folder: Path) -> str:
+def write_timm(package: Package, folder: Path) -> str:
     """``model.safetensors`` and ``config.json``.
 
     Raises:
         ValueError: if timm has no such network.
     """
-    from safetensors.torch import save_file
-
     backbone = package.backbone
     if isinstance(backbone, VisionTransformer):
         architecture, arguments, weights = _vit(backbone)
@@ -56,13 +57,15 @@ def _vit(vit: VisionTransformer) -> tuple[str, dict[str, Any], dict[str, Tensor]
     attention, mlp = vit.blocks[0].attn, vit.blocks[0].mlp
     swiglu = hasattr(mlp, "w12")
     hidden = mlp.w12.out_features if swiglu else mlp.fc1.out_features
+    if vit.norm.eps != 1e-6:
+        raise ValueError(f"timm's ViTs have 1e-6 as epsilon of their norms, this one {vit.norm.eps:g}; choose transformers or onnx")
     arguments = {
         "img_size": [side * vit.patch_size for side in vit.grid],
         "patch_size": vit.patch_size,
         "embed_dim": vit.embed_dim,
         "depth": len(vit.blocks),
         "num_heads": attention.num_heads,
-        "mlp_ratio": hidden / vit.embed_dim,
+        "mlp_ratio": ratio(hidden, vit.embed_dim),
         "init_values": vit.layer_scale,
     }
     if vit.register_tokens is not None:

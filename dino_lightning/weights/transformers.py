@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.weights.package import Package
 
 # Ours to theirs, in files; their query, key and value stand apart.
 _NAMES = (
@@ -29,7 +31,7 @@ _NAMES_OF_VIT = (
 )
 
 
-def write_transformers(package: Any, folder: Path) -> str:
+def write_transformers(package: Package, folder: Path) -> str:
     """``config.json``, ``model.safetensors`` and ``preprocessor_config.json``: a ViTModel, or for patches of 14 pixels, LayerScale,
     SwiGLU and registers a Dinov2Model (WithRegisters).
 
@@ -42,11 +44,8 @@ def write_transformers(package: Any, folder: Path) -> str:
         raise ValueError(f"transformers has no {type(vit).__name__} of this form; choose timm, torchvision or onnx")
     try:
         import transformers
-        from safetensors.torch import save_file
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"transformers needs {error.name}: pip install '.[transformers]'", name=error.name
-        ) from error
+        raise ModuleNotFoundError("transformers is not installed: pip install '.[transformers]'", name="transformers") from error
     square = vit.grid[0] == vit.grid[1]
     dinov2 = vit.layer_scale is not None or vit.register_tokens is not None or hasattr(vit.blocks[0].mlp, "w12")
     if dinov2 and not square:
@@ -86,6 +85,8 @@ def _dinov2(vit: VisionTransformer, shape: dict[str, Any], transformers: Any) ->
     ratio = 4 if swiglu else mlp.fc1.out_features / vit.embed_dim
     if ratio != int(ratio):
         raise ValueError(f"a Dinov2Model needs a whole mlp_ratio, this network has {ratio:g}")
+    if swiglu and mlp.w3.in_features != (int(4 * vit.embed_dim * 2 / 3) + 7) // 8 * 8:
+        raise ValueError(f"a Dinov2Model with SwiGLU has mlp_ratio 4, this network a hidden width of {mlp.w3.in_features}")
     shape = {**shape, "mlp_ratio": int(ratio), "use_swiglu_ffn": swiglu}
     weights = _renamed(vit, _NAMES)
     weights["embeddings.mask_token"] = torch.zeros(1, vit.embed_dim)
