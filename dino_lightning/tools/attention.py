@@ -97,7 +97,7 @@ def attention(
         title = f"{image.shape[1]} by {image.shape[2]} pixels; masks: the patches that hold {mass:.0%} of {drawn[0].what}"
         path = _free(Path(output), Path(name).stem, overlaps)
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows, captions = image.expand(len(maps), -1, -1, -1), [caption, "the same network\nuntrained"][: len(maps)]
+        rows, captions = image.expand(len(maps), -1, -1, -1), [caption, "untrained"][: len(maps)]
         attention_sheet(rows, maps, mass_mask(maps, mass), drawn[0].names, captions, title).save(path)
         overlaps[str(path)] = overlap
         if len(pca_images) < pca:
