@@ -28,7 +28,7 @@ class NonFiniteGuard:
         """Remembers the ``count`` (scalar, on the device) of a step, and what says so if it is not zero."""
         self._watched = LateReading(count), report
 
-    def check(self, trainer: Trainer) -> None:
+    def check(self, trainer: Trainer | None) -> None:
         """Reads the count of the watched step, once.
 
         Raises:
@@ -47,7 +47,7 @@ _REMEDY = (
 )
 
 
-def _last_checkpoint(trainer: Trainer) -> str:
-    folder = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or os.devnull)
+def _last_checkpoint(trainer: Trainer | None) -> str:
+    folder = Path(getattr(getattr(trainer, "checkpoint_callback", None), "dirpath", None) or os.devnull)
     newest = max(folder.glob("*.ckpt"), key=os.path.getmtime, default=None)
     return f"the last checkpoint is {newest}" if newest else "there is no checkpoint yet"

@@ -226,7 +226,7 @@ class DINOModule(LightningModule):
         """
         if self._updated_step is None or self._updated_step == self.global_step:
             return
-        self._guard.check(self.trainer)
+        self._guard.check(self._trainer)
         step, self._updated_step = self.global_step - 1, self.global_step
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
         non_finite = self.loss.update_center(skip=not stepped)
@@ -275,15 +275,15 @@ class DINOModule(LightningModule):
 
     def on_validation_start(self) -> None:
         self.update_teacher()
-        self._guard.check(self.trainer)
+        self._guard.check(self._trainer)
 
     def on_train_end(self) -> None:
         self.update_teacher()
-        self._guard.check(self.trainer)
+        self._guard.check(self._trainer)
         self._updated_step = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._guard.check(self.trainer)
+        self._guard.check(self._trainer)
         checkpoint["drop_path_seed"] = self._seed
         if isinstance(self.teacher.backbone, VisionTransformer):
             checkpoint["dino_lightning"] = facts_of(self.teacher.backbone)

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -361,18 +362,22 @@ main(["fit", "--config", "small.yaml", "--data.root", "images", "--config", "wan
     assert len(list(Path("runs").glob("*/*/checkpoints/last.ckpt"))) == 1, "in one run folder"
 
 
-def read_wandb(path):
-    """(history rows, config) of an offline run."""
+def read_wandb(path, seconds=60):
+    """(history rows, config) of an offline run, whose end W&B's own process may write a while after the run finished."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    history, config = [], {}
+    history, config, ended = [], {}, False
     for data in leveldb_records(path.read_bytes()):
         record = Record()
         record.ParseFromString(data)
+        ended |= record.HasField("exit")
         if record.history.item:
             history.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
         for item in [*record.config.update, *record.run.config.update]:
             config[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    if not ended and seconds > 0:
+        time.sleep(1)
+        return read_wandb(path, seconds - 1)
     return history, config
 
 
