@@ -221,6 +221,15 @@ def test_knn_of_a_checkpoint(run_dir, capsys):
     assert "raw pixels" in text and "untrained" in text and "12 images" in text
 
 
+def test_a_probe_beside_the_callbacks_of_the_command_line(run_dir, tmp_path):
+    root = two_colours(tmp_path / "labelled")
+    fit("--data.root", str(root), "--trainer.callbacks+=dino_lightning.callbacks.OnlineProbe", "--trainer.callbacks.lr=1.0",
+        "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs")  # fmt: skip
+    with open(next(Path("runs").rglob("metrics.csv"))) as file:
+        keys = next(csv.reader(file))
+    assert {"train/probe_loss", "val/probe_top1", "val/probe_top5", "val/knn_top1", "train/images_per_s"} <= set(keys)
+
+
 def test_a_warm_start_says_the_knn_before_the_first_step(run_dir, tmp_path, caplog):
     root = two_colours(tmp_path / "labelled")
     weights = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from two_ranks import Uneven, train
 
-from dino_lightning.callbacks import OnlineProbe
+from dino_lightning.callbacks import OnlineProbe, Throughput
 
 
 @pytest.fixture
@@ -75,6 +75,12 @@ def test_resumed_it_goes_on(folder, step):
     assert whole["metrics"] == resumed["metrics"]
 
 
+def test_other_callbacks_may_call_the_teacher(folder):
+    """As the throughput meter does before the first step, to count its operations."""
+    alone, beside = run(folder, OnlineProbe()), run(folder, OnlineProbe(), Throughput())
+    assert same(alone["probes"][0]["head"], beside["probes"][0]["head"])
+
+
 def test_micro_batches_equal_one_batch(folder):
     one = run(folder, OnlineProbe(), drop_path_rate=0.0, limit_train_batches=4)
     micro = run(
@@ -131,11 +137,11 @@ def test_without_classes_it_says_what_is_missing(tmp_path):
 def test_it_leaves_no_hook_behind(folder):
     class Stop(Callback):
         def on_train_batch_end(self, trainer, module, *_):
-            hooked.append((module, len(module.teacher.backbone._forward_hooks)))
+            hooked.append((module, len(module.teacher.head._forward_hooks)))
             raise RuntimeError("stop")
 
     hooked = []
     with pytest.raises(RuntimeError, match="stop"):
         run(folder, OnlineProbe(), Stop())
     module, count = hooked[0]
-    assert count == 1 and not module.teacher.backbone._forward_hooks
+    assert count == 1 and not module.teacher.head._forward_hooks

@@ -44,7 +44,7 @@ class OnlineProbe(Callback):
         self._hook: RemovableHandle | None = None
         self._images: int | None = None  # of a step
         self._labels: Tensor | None = None  # of the batch under way
-        self._features: list[Tensor] = []
+        self._features: Tensor | None = None  # (2·B, D) of the batch under way
         self._sums: list[Tensor] = []  # since the last step: gradients of the summed loss, that loss, and the number of samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,7 +63,7 @@ class OnlineProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images, self._labels, self._sums = None, None, []
         self._metrics = accuracies(self._classes).to(pl_module.device)
-        self._hook = pl_module.teacher.backbone.register_forward_hook(self._catch)
+        self._hook = pl_module.teacher.head.register_forward_hook(self._catch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[0], list | tuple) else None
@@ -73,15 +73,15 @@ class OnlineProbe(Callback):
             if labels.max() >= self._classes:
                 raise ValueError(f"a label is {int(labels.max())}, but with num_classes={self._classes} they end before that")
             self._images = count_images(trainer, first_batch_size=len(labels))
-        self._labels, self._features = labels, []
+        self._labels, self._features = labels, None
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds up the gradients of a micro-batch. Each of its global crops counts as a sample."""
-        caught, labels = self._features, self._labels
-        self._features, self._labels = [], None
-        if not caught:
-            raise RuntimeError("OnlineProbe found no features: the training step did not call the teacher's backbone")
-        features = torch.cat(caught).float()
+        features, labels = self._features, self._labels
+        self._features, self._labels = None, None
+        if features is None:
+            raise RuntimeError("OnlineProbe found no features: the training step did not call the teacher")
+        features = features.float()
         labels = labels.repeat(len(features) // len(labels))  # views-major
         if self._head is None:
             self._begin(features)
@@ -150,9 +150,9 @@ class OnlineProbe(Callback):
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._saved = {}
 
-    def _catch(self, backbone: nn.Module, inputs: Any, features: Tensor) -> None:
-        if self._labels is not None:
-            self._features.append(features.detach())
+    def _catch(self, head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
+        if self._labels is not None:  # the last call before the backward pass is that of the training step
+            self._features = inputs[0].detach()
 
     def _release(self) -> None:
         if self._hook is not None:
