@@ -35,7 +35,6 @@ from dino_lightning.tools import TOOLS
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
-_NUMBERS = re.compile(rf"{_NUMBER.pattern}|\[{_NUMBER.pattern}(?:,{_NUMBER.pattern})+\]")
 
 
 class DINOCLI(LightningCLI):
@@ -174,18 +173,21 @@ def _run_tool(name: str, args: Sequence[str]) -> None:
         explained = next(p.description for p in docstring_parser.parse(tool.__doc__).params if p.arg_name == listed)
         parser.add_argument(listed, nargs="+", type=str, help=explained)
     parser.add_function_arguments(tool, as_positional=False, fail_untyped=True)
-    options = parser.parse_args(_with_lists(args)).as_dict()
+    several = {f"--{p.name}" for p in inspect.signature(tool).parameters.values() if "tuple" in str(p.annotation)}
+    options = parser.parse_args(_with_lists(args, several)).as_dict()
     options.pop("config")
     tool(*options.pop(listed, ()), **options)
 
 
-def _with_lists(args: Sequence[str]) -> list[str]:
-    """Numbers behind an option are its list: ``--image_size 224 336`` is ``--image_size [224,336]``."""
+def _with_lists(args: Sequence[str], options: set[str]) -> list[str]:
+    """Numbers behind an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``."""
     joined: list[str] = []
     for arg in args:
         number = _NUMBER.fullmatch(arg) is not None
-        if number and len(joined) > 1 and joined[-2].startswith("--") and _NUMBERS.fullmatch(joined[-1]):
-            joined[-1] = f"[{joined[-1].strip('[]')},{arg}]"
+        if number and joined and joined[-1] in options:
+            joined.append(f"[{arg}]")
+        elif number and len(joined) > 1 and joined[-2] in options:
+            joined[-1] = f"{joined[-1].removesuffix(']')},{arg}]"
         else:
             joined.append(arg)
     return joined

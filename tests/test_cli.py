@@ -251,6 +251,13 @@ def test_a_warm_start_says_the_knn_before_the_first_step(run_dir, tmp_path, capl
     main(["knn", "--checkpoint", checkpoint, "--root", str(root), "--k", "[3]"])
 
 
+def test_numbers_behind_an_option_of_several_are_its_list(small_checkpoint, tmp_path, capsys):
+    root, command = str(two_colours(tmp_path)), ["knn", "--checkpoint", small_checkpoint, "--root"]
+    for numbers in (["3", "5"], ["[3, 5]"], ["3"]):
+        main([*command, root, "--k", *numbers, "--batch_size", "4"])
+        assert ("k = 5" in capsys.readouterr().out) == (numbers != ["3"])
+
+
 def test_knn_leaves_unreadable_images_out(small_checkpoint, tmp_path, caplog):
     root = two_colours(tmp_path)
     expected = knn(small_checkpoint, str(root), k=(3,))
