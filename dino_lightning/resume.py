@@ -30,6 +30,12 @@ def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if loop is None:
         return
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["current"]
+    if batches["is_last_batch"] and epochs["processed"] < epochs["ready"]:
+        # Of the last step of an epoch, before Lightning closed it: resumed so, it would count the next epoch as the same.
+        for count in loop["epoch_progress"].values():
+            count["processed"] = count["ready"]
+        for kind in ("current", "total"):
+            batches[kind]["completed"] = batches[kind]["processed"]
     if not batches["is_last_batch"] and batches["current"]["processed"] and epochs["processed"] == epochs["ready"]:
         epochs["processed"] -= 1
         epochs["completed"] = min(epochs["completed"], epochs["processed"])

@@ -34,6 +34,18 @@ def test_resumed_after_any_step(whole_run, step, num_workers):
         assert torch.equal(resumed["state"][key], value), key
 
 
+@pytest.mark.parametrize("first, second", [(5, 6), (5, 8), (5, 10), (3, 5), (10, 10)])
+def test_resumed_twice(whole_run, tmp_path, first, second):
+    """The first time from the last step of an epoch: what is saved after that must have counted the epochs rightly."""
+    folder, whole = whole_run
+    again = run(folder, callbacks=[every_step(tmp_path)], enable_checkpointing=True, ckpt_path=folder / f"step={first}.ckpt")
+    assert again["losses"] == whole["losses"][first:]
+    path = (folder if first == second else tmp_path) / f"step={second}.ckpt"
+    resumed = run(folder, ckpt_path=path)
+    assert resumed["losses"] == whole["losses"][second:]
+    assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+
+
 class StopAt(Callback):
     def __init__(self, step):
         self.step = step
