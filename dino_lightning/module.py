@@ -146,6 +146,7 @@ class DINOModule(LightningModule):
         self.register_state_dict_pre_hook(_update_before_saving)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        resume.count_logged_steps(self.trainer)
         if self._plan is None:
             views = split_views(batch)
             check_views(views, self.student)

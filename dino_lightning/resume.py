@@ -68,3 +68,8 @@ def forget_no_saved_step(trainer: Trainer) -> None:
     if trainer.global_step:
         for callback in trainer.checkpoint_callbacks:
             callback._last_global_step_saved = trainer.global_step
+
+
+def count_logged_steps(trainer: Trainer) -> None:
+    """Lightning's count of the loggers' steps is one off after some resumes: of an epoch's last step, of a validation."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step

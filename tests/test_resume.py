@@ -1,11 +1,13 @@
 """A run that was interrupted after any step and resumed ends as the run that was not."""
 
+import csv
 from datetime import timedelta
 
 import pytest
 import torch
 from conftest import write_images
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from two_ranks import train
 
 
@@ -44,6 +46,36 @@ def test_resumed_twice(whole_run, tmp_path, first, second):
     resumed = run(folder, ckpt_path=path)
     assert resumed["losses"] == whole["losses"][second:]
     assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+
+
+def resumed_log(folder, tmp_path, checkpoint, **options):
+    """The steps and losses that a resumed run logs."""
+    logger = CSVLogger(tmp_path)
+    run(folder, logger=logger, log_every_n_steps=1, ckpt_path=checkpoint, **options)
+    with open(logger.experiment.metrics_file_path) as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    return [int(row["step"]) for row in rows], [float(row["train/loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("step", [3, 5, 7])
+def test_the_log_goes_on_with_the_next_step(whole_run, tmp_path, step):
+    folder, whole = whole_run
+    steps, losses = resumed_log(folder, tmp_path, folder / f"step={step}.ckpt")
+    assert steps == list(range(step, 10))
+    assert losses == pytest.approx(whole["losses"][step:])
+
+
+def test_the_log_goes_on_from_a_checkpoint_of_a_validation(tmp_path):
+    """Those are saved at another place of Lightning's loop, within an epoch and at its end."""
+    for split in ("train", "val"):
+        write_images(tmp_path / "images" / split / "a", 8)
+        write_images(tmp_path / "images" / split / "b", 8, first=20)
+    monitor = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/knn_top1", save_top_k=-1, save_on_train_epoch_end=False)
+    whole = run(tmp_path, callbacks=[monitor], val_check_interval=2, enable_checkpointing=True)
+    for step in (2, 4, 6):
+        steps, losses = resumed_log(tmp_path, tmp_path / str(step), tmp_path / f"step={step}.ckpt", val_check_interval=2)
+        assert steps == list(range(step, 8))
+        assert losses == pytest.approx(whole["losses"][step:])
 
 
 class StopAt(Callback):

@@ -267,8 +267,6 @@ def test_a_module_starts_from_weights(tiny, tmp_path):
     vit.set_grid(64)
     assert same_weights(vit, started.student.backbone) and same_weights(vit, started.teacher.backbone)
     assert "weights" not in started.hparams, "a checkpoint must not need the file again"
-    plain = module()
-    assert torch.equal(plain.loss.center, started.loss.center)
 
 
 def test_a_module_takes_over_the_head_and_the_centre(tmp_path):
@@ -297,12 +295,10 @@ def test_a_module_refuses_what_does_not_fit(tiny, options, message):
 def test_nothing_in_common_is_an_error(tiny):
     with pytest.raises(ValueError, match="nothing in .*tiny.pth matches the backbone: it has cls_token"):
         DINOModule("resnet18", out_dim=32, weights=tiny[1])
-    other = DINOModule("vit_tiny", out_dim=64, hidden_dim=16, bottleneck_dim=8)
     with pytest.raises(ValueError, match=r"head of .* is another one \(.*last_layer.weight_v.*\); choose its out_dim \(32\)"):
         path = tiny[1].replace("tiny.pth", "whole.pth")
         torch.save({"teacher": module().teacher.state_dict()}, path)
         DINOModule("vit_tiny", out_dim=64, hidden_dim=16, bottleneck_dim=8, weights=path, weights_with_head=True)
-    assert other.loss.center.shape == (1, 64)
 
 
 def test_weights_of_other_parts_or_heads_are_refused(tmp_path):

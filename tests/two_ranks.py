@@ -53,9 +53,9 @@ def train(
                         teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp)  # fmt: skip
     losses = Losses()
     trainer = Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, use_distributed_sampler=not uneven, callbacks=[losses, OnlineKNN(k=3), *callbacks],
-        **{"max_epochs": 2, "enable_checkpointing": False, **options},
+        **{"max_epochs": 2, "logger": False, "enable_checkpointing": False, "default_root_dir": folder, **options},
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
