@@ -134,13 +134,14 @@ def soak(minutes: float, output: str) -> None:
     print(f"{rate.mean():.2f} steps/s, the fixed piece of work {1000 * work.mean():.2f} ms; {run.returncode=}")
 
 
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--output", default="soak.csv")
     parser.add_argument("--run", type=Path, help="be one of the ranks, in this folder")
     args = parser.parse_args()
+    if args.minutes < 6:
+        parser.error(f"--minutes must be at least 6 for lines through block means of a minute, got {args.minutes:g}")
     if args.run:
         train(args.run, args.minutes)
     else:

@@ -18,8 +18,6 @@ from dino_lightning.cli import main
 from dino_lightning.weights.export import FORMS, export
 from dino_lightning.weights.package import Package
 
-SIZES = ("vit_tiny", "vit_small", "vit_base")
-
 
 def short(name: str, patch_size: int, depth: int = 2) -> nn.Module:
     """A network by name, whose first blocks alone are kept."""
@@ -73,7 +71,7 @@ def assert_same_features(form: str, backbone: VisionTransformer, size: tuple[int
 
 @pytest.mark.parametrize("other", [False, True])
 @pytest.mark.parametrize("patch_size", [8, 14, 16])
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ["vit_tiny", "vit_small", pytest.param("vit_base", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["torchhub", "timm", "transformers", "safetensors"])
 def test_weights_give_the_same_features(form, name, patch_size, other, tmp_path):
     size = (4 * patch_size, 7 * patch_size) if other else (224, 224)
