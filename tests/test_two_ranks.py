@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import write_labelled
 from lightning.pytorch.callbacks import ModelCheckpoint
-from two_ranks import train
+from two_ranks import RESNET, train
 
 from dino_lightning.callbacks import OnlineProbe
 
@@ -27,18 +27,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """One process with batches of 4, which saves each step and has a probe beside; and the same with a user's own loader."""
+    """One process with batches of 4, which saves each step and has a probe beside; with a user's own loader; with a ResNet."""
     saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     plain = train(
         folder, batch_size=4, devices=1, limit_train_batches=4, callbacks=[saving, OnlineProbe()], enable_checkpointing=True
     )  # fmt: skip
-    return {"plain": plain, "uneven": train(folder, batch_size=4, devices=1, uneven=True)}
+    resnet = train(folder, batch_size=4, devices=1, **RESNET)
+    return {"plain": plain, "uneven": train(folder, batch_size=4, devices=1, uneven=True), "synced": resnet}
 
 
 @pytest.fixture(scope="module")
 def two(folder, one):
     """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
-    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "sick"]
+    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "synced", "sick"]
     done = run_on_two(folder, *scenarios)
     assert done.returncode == 0, done.stderr
     results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
@@ -86,6 +87,16 @@ def test_a_cnn_on_two_ranks_uses_every_parameter(two):
     first, second = (rank["state"] for rank in results["cnn"])
     assert all(torch.equal(first[key], second[key]) for key in first if "running" not in key)
     assert "set Trainer(sync_batchnorm=True)" in said
+
+
+def test_synchronised_batch_norms_have_the_statistics_of_one_process(one, two):
+    """In both networks; in double precision, as a ResNet makes a thousand times more of each rounding."""
+    expected, ranks = one["synced"], two[0]["synced"]
+    mean_losses = torch.tensor([rank["losses"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(mean_losses, torch.tensor(expected["losses"]), rtol=1e-6, atol=0)
+    for key, value in expected["state"].items():
+        assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]), key
+        torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-8, atol=1e-11, msg=lambda m: f"{key}: {m}")
 
 
 def test_the_doctor_stops_both_ranks_behind_the_same_step(two):

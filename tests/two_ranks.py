@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
@@ -26,8 +30,43 @@ class Uneven(MultiCropDataModule):
 
     def train_dataloader(self):
         torch.manual_seed(0)
-        samples = [[torch.rand(3, 32, 32), torch.rand(3, 32, 32), torch.rand(3, 16, 16)] for _ in range(10)]
+        samples = [[torch.rand(3, 64, 64), torch.rand(3, 64, 64), torch.rand(3, 48, 48)] for _ in range(10)]
         return DataLoader(samples[self.trainer.global_rank :: self.trainer.world_size], batch_size=self.batch_size)
+
+
+class SyncOnCPU(nn.BatchNorm2d):
+    """nn.SyncBatchNorm runs on GPUs only; this one has the same statistics and gradients on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        rest, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
+        mean = all_reduce(x.sum(rest)) / count
+        var = all_reduce((x - mean.view(shape)).square().sum(rest)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        x = (x - mean.view(shape)) / (var + self.eps).sqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+class SyncOnCPUs(LayerSync):
+    """What Trainer(sync_batchnorm=True) does, with layers that run on CPUs."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return self._swap(model, nn.BatchNorm2d, SyncOnCPU)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return self._swap(model, SyncOnCPU, nn.BatchNorm2d)
+
+    @staticmethod
+    def _swap(model: nn.Module, old: type, new: type) -> nn.Module:
+        for part in model.modules():
+            if type(part) is old:
+                part.__class__ = new
+        return model
 
 
 class Losses(Callback):
@@ -63,6 +102,8 @@ def train(
     return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
+RESNET = {"backbone": "resnet50", "uneven": True, "precision": "64-true", "max_epochs": 1, "limit_val_batches": 0}
+
 # What differs from a plain run on batches of 2 images.
 SCENARIOS = {
     "fit": {},
@@ -71,6 +112,7 @@ SCENARIOS = {
     "resume": {"ckpt_path": "step=3.ckpt"},
     "probe": {"callbacks": [OnlineProbe()]},
     "cnn": {"backbone": "resnet18"},
+    "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
     "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
     "nan": {"callbacks": [PoisonLastRank()]},
 }
