@@ -146,8 +146,8 @@ class DINOModule(LightningModule):
         self.register_state_dict_pre_hook(_update_before_saving)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        resume.count_logged_steps(self.trainer)
         if self._plan is None:
+            resume.count_logged_steps(self.trainer)
             views = split_views(batch)
             check_views(views, self.student)
             self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
