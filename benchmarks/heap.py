@@ -11,12 +11,14 @@ glibc 2.33 or newer only.
 import argparse
 import ctypes
 import gc
+import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from soak import megabytes
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import AttentionMaps
@@ -44,12 +46,6 @@ def in_use() -> float:
     return (info.uordblks + info.hblkhd) / 2**20
 
 
-def resident() -> float:
-    """Megabytes of the process that are not of a file."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon")) / 1024
-
-
 class Heap(Callback):
     """Samples at the same place of every n-th epoch."""
 
@@ -59,7 +55,7 @@ class Heap(Callback):
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch % self.every == 0:
             gc.collect()
-            self.samples.append((trainer.current_epoch, in_use(), resident()))
+            self.samples.append((trainer.current_epoch, in_use(), megabytes(os.getpid())))
             print("epoch {:6}: {:8.2f} MB in use, {:8.1f} MB of the process".format(*self.samples[-1]), flush=True)
 
 
@@ -82,7 +78,7 @@ def main(epochs: int) -> None:
     (growth, _), covariance = np.polyfit(late[:, 0], late[:, 1] * 1024, 1, cov=True)
     print(f"heap in use: {growth:+.2f} ± {1.96 * covariance[0, 0] ** 0.5:.2f} KB an epoch")
     libc.malloc_trim(0)
-    print(f"the process: {late[0, 2]:.0f} MB halfway, {late[-1, 2]:.0f} MB at the end, without what is free {resident():.0f} MB")
+    print(f"the process: {late[0, 2]:.0f} MB halfway, {late[-1, 2]:.0f} MB at the end, without what is free {megabytes(os.getpid()):.0f} MB")
 
 
 if __name__ == "__main__":
