@@ -10,7 +10,6 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
@@ -34,6 +33,20 @@ class Uneven(MultiCropDataModule):
         return DataLoader(samples[self.trainer.global_rank :: self.trainer.world_size], batch_size=self.batch_size)
 
 
+class SumOfRanks(torch.autograd.Function):
+    """Each rank's loss depends on the sum, so the gradient is the sum of the ranks' as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return SumOfRanks.forward(ctx, gradient)
+
+
 class SyncOnCPU(nn.BatchNorm2d):
     """nn.SyncBatchNorm runs on GPUs only; this one has the same statistics and gradients on any device."""
 
@@ -41,9 +54,9 @@ class SyncOnCPU(nn.BatchNorm2d):
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         rest, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
-        count = all_reduce(x.new_tensor(x.numel() / x.shape[1]))
-        mean = all_reduce(x.sum(rest)) / count
-        var = all_reduce((x - mean.view(shape)).square().sum(rest)) / count
+        count = SumOfRanks.apply(x.new_tensor(x.numel() / x.shape[1]))
+        mean = SumOfRanks.apply(x.sum(rest)) / count
+        var = SumOfRanks.apply((x - mean.view(shape)).square().sum(rest)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
