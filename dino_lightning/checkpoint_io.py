@@ -1,7 +1,9 @@
 """Checkpoints that are whole or not there, whenever the process or the machine goes down."""
 
+import errno
 import glob
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, makes sure it is on the disk, and then renames it over the old one.
 
     Until the rename the earlier checkpoint of that name is untouched; a write that fails leaves nothing behind, a process killed
-    while writing a hidden ``.NAME.*.partial``, which the next write of that name removes. Lightning's own writes through the system's temporary folder, whose move to
-    another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
+    while writing a hidden ``.NAME.*.partial``, which the next start removes. Lightning's own writes through the system's temporary
+    folder, whose move to another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
@@ -24,8 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-            left.unlink(missing_ok=True)
+        sweep(path.parent, path.name)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
             try:
                 torch.save(checkpoint, file)
@@ -33,10 +34,48 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o666 & ~_umask())
                 os.replace(file.name, path)
-            except BaseException:
+            except BaseException as error:
                 os.unlink(file.name)
+                if isinstance(error, OSError | RuntimeError) and _is_full(error, checkpoint, path.parent):
+                    raise DiskFullError(_full(checkpoint, path)) from error
                 raise
         _sync_folder(path.parent)
+
+
+class DiskFullError(OSError):
+    """There was no room for a checkpoint; the earlier one of its name is whole."""
+
+
+def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
+    """Removes what processes that were killed while they wrote a checkpoint left of it: of this name, or of any."""
+    for left in Path(folder).glob(f".{glob.escape(name) or '*'}.*.partial"):
+        left.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception, checkpoint: Any, folder: Path) -> bool:
+    """torch's writer loses the number of the error: then the room tells."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "inline_container" in str(error) or shutil.disk_usage(folder).free < _size(checkpoint)
+
+
+def _full(checkpoint: Any, path: Path) -> str:
+    free = shutil.disk_usage(path.parent).free
+    return (
+        f"no room for the checkpoint {path}: it needs about {_size(checkpoint) / 2**20:.0f} MiB, the disk of {path.parent} has "
+        f"{free / 2**20:.0f} MiB left (or a quota less); make room and go on with --ckpt_path last"
+    )
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(_size(item) for item in value)
 
 
 def _umask() -> int:

@@ -1,24 +1,24 @@
 """The command line: ``dino-lightning fit|validate|test|predict`` is a LightningCLI with recipes and resumable runs."""
 
 import argparse
+import importlib
 import inspect
 import logging
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
-import torch
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning import recipes
+from dino_lightning import continuation, recipes
 from dino_lightning.callbacks import (
     AttentionMaps,
     CollapseDoctor,
@@ -26,11 +26,14 @@ from dino_lightning.callbacks import (
     OnlineKNN,
     ProgressBar,
     RunConfig,
+    RunReport,
+    SaveEvery,
     StopOnSignal,
     Throughput,
 )
 from dino_lightning.datamodule import MultiCropDataModule
 from dino_lightning.module import DINOModule
+from dino_lightning.plan import check_epochs
 from dino_lightning.tools import TOOLS
 
 
@@ -41,12 +44,15 @@ class DINOCLI(LightningCLI):
     """LightningCLI for DINOModule and MultiCropDataModule.
 
     Beyond Lightning's: explicit arguments win over those in a checkpoint, ``--ckpt_path last`` finds the newest checkpoint
-    under the root folder, the configuration is kept in the run folder, and a resumed run goes on in its W&B run.
+    under the root folder and goes on in its run folder and its W&B run, and the configuration is kept in the run folder.
     """
 
-    _wandb_id: str | None = None  # of the run whose checkpoint is resumed
+    _run: Path | None = None  # folder of the run that goes on
+    _saved: Mapping[str, Any] = {}  # its checkpoint
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+        warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
         listing = "\n".join(f"  {name:<20}{recipes.summary(name)}" for name in recipes.names())
         tools = "\n".join(f"  {name:<20}{inspect.getdoc(tool).partition(chr(10))[0]}" for name, tool in TOOLS.items())
         epilog = f"other commands (dino-lightning COMMAND --help):\n{tools}\n\nrecipes for --config:\n{listing}"
@@ -56,7 +62,8 @@ class DINOCLI(LightningCLI):
             MultiCropDataModule,
             save_config_callback=RunConfig,
             seed_everything_default=0,
-            trainer_defaults={"max_epochs": 100},
+            # The check before the first step takes all labelled images: what a run must improve on.
+            trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": -1, "enable_model_summary": False},
             parser_kwargs={
                 "description": "DINO: self-supervised learning on a folder of images.",
                 **help_texts,
@@ -70,72 +77,127 @@ class DINOCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.in_chans", "model.in_chans")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        parser.set_defaults({"checkpoint.filename": "last", "checkpoint.enable_version_counter": False})
+        parser.add_argument(
+            "--checkpoint_every",
+            type=float,
+            default=10.0,
+            help="minutes between two checkpoints within an epoch, which a run that was killed goes on from; 0 is never",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
         args = _with_recipes(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
-        options = self.config.get(self.config.get("subcommand"))
-        if options is None or not options.get("ckpt_path"):
-            return
-        interrupted = options.ckpt_path == "last" and self.config.subcommand == "fit"
-        if options.ckpt_path == "last":
-            folders = [options.trainer.default_root_dir or ".", options.get("checkpoint", {}).get("dirpath")]
-            options.ckpt_path = _last_checkpoint([Path(folder) for folder in folders if folder])
-        if Path(options.ckpt_path).is_file():
-            path = options.ckpt_path
-            saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            given = {name: value for name, value in saved.get("hyper_parameters", {}).items() if name[0] != "_"}
-            self._parser(self.config.subcommand).set_defaults({f"model.{name}": value for name, value in given.items()})
+        options = self._options
+        if options.get("ckpt_path") == "last":
+            options.ckpt_path = continuation.find_last(
+                [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
+            )
+            if self.config.subcommand == "fit":  # a checkpoint that is named begins another branch
+                self._run = continuation.run_of(options.ckpt_path)
+        path = options.get("ckpt_path")
+        if path and Path(path).is_file():
+            saved = continuation.read(path)
+            subparser = self._parser(self.config.subcommand)
+            subparser.set_defaults(continuation.options_of(saved, subparser.get_defaults()))
             self.config = parser.parse_args(args)
-            self.config[self.config.subcommand].ckpt_path = path
+            options = self._options
+            options.ckpt_path = path
             # The checkpoint has them, and the source may be gone.
-            model = self.config[self.config.subcommand].model
-            model.weights, model.weights_with_head = None, False
-            if interrupted:  # a checkpoint that is named begins another branch
-                self._wandb_id = saved.get("callbacks", {}).get(RunConfig.__name__, {}).get("wandb_id")
+            options.model.weights, options.model.weights_with_head = None, False
+            if options.trainer.num_sanity_val_steps == -1:
+                options.trainer.num_sanity_val_steps = 0  # the first step was taken long ago
+            self._saved = saved
+        _link_channels(options)
+
+    @property
+    def _options(self) -> Namespace:
+        return self.config.get(self.config.get("subcommand")) or self.config
 
     def _parse_ckpt_path(self) -> None:
         """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
 
-    def before_instantiate_classes(self) -> None:
-        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder).
-
-        With ``--ckpt_path last``, W&B goes on with the run of the checkpoint.
+    def instantiate_classes(self) -> None:
+        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder), or on
+        in the folder of the run that goes on. The configuration that is kept does not say so: it begins a new run.
         """
-        options = self._get(self.config, "trainer")
+        given = self.config
+        self.config = given.clone()
+        options = self._options.trainer
         for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
-            given = getattr(logger, "init_args", {})
-            if options.default_root_dir and given.get("save_dir", "") in (None, "."):
-                given["save_dir"] = options.default_root_dir
-            if self._wandb_id and "Wandb" in getattr(logger, "class_path", "") and not given.get("id"):
-                given["id"] = self._wandb_id
+            where = getattr(logger, "init_args", {})
+            if options.default_root_dir and where.get("save_dir", "") in (None, "."):
+                where["save_dir"] = options.default_root_dir
+        if self._run is not None and options.logger is not False:
+            wandb_id = self._saved["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
+            continuation.continue_loggers(options, self._run, self._saved, wandb_id)
+        super().instantiate_classes()
+        self.config = given
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, RunConfig):
+                callback.config = self._options
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        options = self._get(self.config_init, "trainer")
+        options, checkpoint = self._get(self.config_init, "trainer"), self._get(self.config, "checkpoint")
         given = options.callbacks if isinstance(options.callbacks, list) else [c for c in [options.callbacks] if c]
 
         def is_given(kind: type) -> bool:
             return any(isinstance(callback, kind) for callback in given)
 
+        wanted = [OnlineKNN, AttentionMaps, CollapseDoctor, Throughput, StopOnSignal, RunReport]
+        ours = [kind() for kind in wanted if not is_given(kind)]
         if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-            best = []
-        else:  # beside the newest, where there are labels
-            folder = self._get(self.config, "checkpoint").dirpath
-            best = [ModelCheckpoint(folder, "best-{step}", "val/knn_top1", mode="max", save_on_train_epoch_end=False)]
-        ours = [kind() for kind in (OnlineKNN, AttentionMaps, CollapseDoctor, Throughput, StopOnSignal) if not is_given(kind)]
+        else:  # beside the newest the best, where there are labels
+            ours.append(ModelCheckpoint(checkpoint.dirpath, "best-{step}", "val/knn_top1", mode="max", save_on_train_epoch_end=False))
+        every = self._get(self.config, "checkpoint_every")
+        if every and options.enable_checkpointing is not False and not options.fast_dev_run and not is_given(SaveEvery):
+            ours.append(SaveEvery(every))
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
             ours.append(FeatureWriter())
-        self.trainer_defaults["callbacks"] = ours + best
+        self.trainer_defaults["callbacks"] = ours
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """What is wrong is refused before the run has a folder."""
+        check_epochs(self.trainer, self.model.options)
+        if self._run is not None:
+            options = self.config_init[self.subcommand]
+            options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)
+
+
+def _link_channels(options: Namespace) -> None:
+    """A backbone of the configuration takes the images' channels where it has such an option.
+
+    Raises:
+        ValueError: if it was given another number.
+    """
+    backbone, wanted = options.model.backbone, options.data.in_chans
+    if not isinstance(backbone, Namespace) or "in_chans" not in backbone.get("init_args", {}):
+        return
+    default = inspect.signature(_imported(backbone.class_path)).parameters["in_chans"].default
+    if backbone.init_args.in_chans not in (default, wanted):
+        raise ValueError(
+            f"model.backbone.init_args.in_chans is {backbone.init_args.in_chans}, but data.in_chans {wanted}; give data.in_chans alone"
+        )
+    backbone.init_args.in_chans = wanted
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Of what Lightning says: not what RunReport says better, and no tips for other products."""
+    return not record.getMessage().startswith(("💡", "GPU available", "TPU available", "`Trainer.fit` stopped", "Loading `train_dataloader`"))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the list of recipes line by line."""
+
+
+def _imported(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _with_recipes(args: Sequence[str]) -> list[str]:
@@ -149,18 +211,6 @@ def _with_recipes(args: Sequence[str]) -> list[str]:
             arg = recipes.resolve(arg)
         resolved.append(arg)
     return resolved
-
-
-def _last_checkpoint(folders: Sequence[Path]) -> str:
-    there = (path for folder in folders for path in folder.glob("**/last*.ckpt") if path.exists())  # a link may lead nowhere
-    found = sorted(there, key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(folder.resolve()) for folder in folders)}; "
-            "set trainer.default_root_dir to the folder of the earlier run, or name the file"
-        )
-    rank_zero_info("--ckpt_path last: going on from %s", found[-1])
-    return str(found[-1])
 
 
 def _run_tool(name: str, args: Sequence[str]) -> None:

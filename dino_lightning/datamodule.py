@@ -3,7 +3,6 @@
 import logging
 import numbers
 import os
-import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from dino_lightning.multicrop import MultiCrop
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.randomness import generator
 from dino_lightning.sampler import EpochSampler, training_position
+from dino_lightning.workers import follow_the_parent
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +216,11 @@ class MultiCropDataModule(LightningDataModule):
         return getattr(self._train_source, "classes", None)
 
     @property
+    def query_folders(self) -> list[Path]:
+        """Folders of labelled queries, the first of which validation takes; known after ``setup``."""
+        return list(self._query_folders)
+
+    @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
@@ -238,7 +243,7 @@ class MultiCropDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
-            worker_init_fn=_outlive_signals,
+            worker_init_fn=follow_the_parent,
             pin_memory=torch.cuda.is_available(),
             **options,
         )
@@ -247,16 +252,6 @@ class MultiCropDataModule(LightningDataModule):
 def _default_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(16, cores // max(1, torch.cuda.device_count())))
-
-
-def _outlive_signals(worker: int) -> None:
-    """SLURM and others signal all processes of a job, which would end the workers before the step is done.
-
-    The first SIGTERM is let pass; the loader that ends its workers itself sends none unless one hangs.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,11 +1,62 @@
-"""Weights & Biases for runs that are interrupted and resumed."""
+"""Loggers for runs that are interrupted and resumed."""
 
+import csv
+import os
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+
+class AppendingCSVLogger(LightningCSVLogger):
+    """Lightning's, which goes on with the ``metrics.csv`` of a run folder, where Lightning's deletes it.
+
+    Rows of steps that a killed run took after its last checkpoint are replaced by those of the same steps taken again.
+    """
+
+    _earlier: list[dict[str, str]] | None = None  # the rows of earlier sittings, until the first of this one
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer. Lightning deletes the file when it makes one; here it gets the file back."""
+        if self._earlier is None and rank_zero_only.rank == 0:
+            self._earlier = []
+            file = Path(self.log_dir) / "metrics.csv"
+            kept = file.with_suffix(".kept")  # also what a process that was killed in here left
+            if file.exists():
+                os.replace(file, kept)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Experiment logs directory")
+                writer = super().experiment
+            if kept.exists():
+                os.replace(kept, file)
+                with open(file, newline="") as lines:
+                    reader = csv.DictReader(lines)
+                    self._earlier = list(reader)
+                writer.metrics_keys = list(reader.fieldnames or [])
+        return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        writer = self.experiment
+        if self._earlier and step is not None:
+            self._write([row for row in self._earlier if int(row["step"]) < step], writer.metrics_keys)
+            self._earlier = []
+        super().log_metrics(metrics, step)
+
+    def _write(self, rows: list[dict[str, str]], names: list[str]) -> None:
+        file = Path(self.log_dir) / "metrics.csv"
+        new = file.with_suffix(".partial")
+        with open(new, "w", newline="") as lines:
+            writer = csv.DictWriter(lines, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(new, file)
 
 
 class WandbLogger(LightningWandbLogger):

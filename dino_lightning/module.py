@@ -26,7 +26,7 @@ from dino_lightning.head import DINOHead
 from dino_lightning.loss import DINOLoss
 from dino_lightning.networks import Network, Teacher, split_views
 from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
-from dino_lightning.plan import Plan, check_length
+from dino_lightning.plan import Plan, Unsaid, check_length
 from dino_lightning.randomness import seeded
 from dino_lightning.weights.load import start_from
 from dino_lightning.weights.networks import facts_of
@@ -65,7 +65,7 @@ class DINOModule(LightningModule):
         lr: learning rate after its warm-up, for 256 images a step: it is scaled by the real number
             (batch size × devices × accumulated batches).
         min_lr: learning rate at the end, not scaled.
-        warmup_epochs: epochs of the linear warm-up of the learning rate.
+        warmup_epochs: epochs of the linear warm-up of the learning rate; the default becomes a tenth of a run that is shorter.
         weight_decay: weight decay at the start; not on biases and norms.
         weight_decay_end: weight decay at the end of its cosine.
         clip_grad: largest L2 norm of the gradient of each parameter tensor; 0 is off. The Trainer's gradient_clip_val is
@@ -99,7 +99,7 @@ class DINOModule(LightningModule):
         optimizer: Literal["adamw", "sgd", "lars"] = "adamw",
         lr: float = 5e-4,
         min_lr: float = 1e-6,
-        warmup_epochs: int = 10,
+        warmup_epochs: int = Unsaid(10),
         weight_decay: float = 0.04,
         weight_decay_end: float = 0.4,
         clip_grad: float = 3.0,
@@ -117,6 +117,8 @@ class DINOModule(LightningModule):
         for name in ("weights", "weights_with_head"):  # what is loaded from a checkpoint has the checkpoint's
             self._hparams.pop(name, None)
             self._hparams_initial.pop(name, None)
+        if isinstance(warmup_epochs, Unsaid) and "warmup_epochs" in self._hparams:
+            self._hparams["warmup_epochs"] = self._hparams_initial["warmup_epochs"] = int(self._hparams["warmup_epochs"])
         self._hparams["backbone"] = self._hparams_initial["backbone"] = _plain(self.hparams.get("backbone", backbone))
         if isinstance(given, str):
             given = _by_name(given, patch_size, img_size, in_chans, drop_path_rate)
@@ -137,6 +139,7 @@ class DINOModule(LightningModule):
         self.student = Network(given, head)
         self.teacher = Teacher(self.student)
 
+        self.images: dict[str, Any] = {}  # of the global crops: size (H, W), mean, std, as far as known; kept in checkpoints
         self._plan: Plan | None = None  # known with the first batch of a run
         self._seed: int | None = None  # of the student's drop path
         self._layout: dict[str, int] | None = None  # of the run that is resumed
@@ -150,6 +153,7 @@ class DINOModule(LightningModule):
             resume.count_logged_steps(self.trainer)
             views = split_views(batch)
             check_views(views, self.student)
+            self.images = {"size": list(views[0].shape[-2:]), **_normalization(self.trainer.datamodule)}
             self._plan = Plan.of(self.trainer, self.options, first_batch_size=len(views[0]))
             if self._layout is not None:
                 if self.trainer.is_global_zero:
@@ -249,6 +253,8 @@ class DINOModule(LightningModule):
             check_trainer(self.trainer, self.options["clip_grad"])
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+                if self.trainer.is_global_zero:
+                    resume.sweep_partial_checkpoints(self.trainer)
             # The teacher is meant to be in evaluation mode.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
@@ -286,13 +292,16 @@ class DINOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.check(self._trainer)
         checkpoint["drop_path_seed"] = self._seed
+        checkpoint["images"] = self.images
         if isinstance(self.teacher.backbone, VisionTransformer):
             checkpoint["dino_lightning"] = facts_of(self.teacher.backbone)
-        if self._plan is not None:
-            checkpoint["layout"] = resume.layout(self.trainer, self._plan)
+        layout = resume.layout(self.trainer, self._plan) if self._plan is not None else self._layout
+        if layout is not None:
+            checkpoint["layout"] = layout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint.get("drop_path_seed")
+        self.images = checkpoint.get("images", {})
         if self._trainer is not None:  # a run that goes on, not a module that is loaded
             self._layout = checkpoint.get("layout")
             resume.place(checkpoint, self.trainer)
@@ -355,6 +364,12 @@ def _may_fuse(trainer: Trainer) -> bool:
     """Whether the optimizer's step may be one kernel: not under a gradient scaler, which it would undo after the clipping."""
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     return not scaled and trainer.strategy.root_device.type in ("cpu", "cuda")
+
+
+def _normalization(data: Any) -> dict[str, list[float]]:
+    """Mean and standard deviation of the images of a data module, where it tells."""
+    told = {name: getattr(data, name, None) for name in ("mean", "std")}
+    return {name: [float(value) for value in values] for name, values in told.items() if isinstance(values, list | tuple)}
 
 
 def _plain(backbone: Any) -> Any:

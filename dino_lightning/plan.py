@@ -1,13 +1,17 @@
 """The plan of a run: how many steps it has, and the value of every schedule at each."""
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from lightning.pytorch import Trainer
 
 from dino_lightning.schedules import cosine_schedule, linear_warmup
+
+log = logging.getLogger(__name__)
 
 _TAKEN_OVER = (
     "min_lr",
@@ -18,6 +22,13 @@ _TAKEN_OVER = (
     "teacher_temp",
     "warmup_teacher_temp_epochs",
 )
+
+
+class Unsaid(int):
+    """The default length of a warm-up, in epochs: one that nobody asked for is shortened in a short run, another one refused."""
+
+
+yaml.SafeDumper.add_representer(Unsaid, yaml.SafeDumper.represent_int)  # a number like others in configurations
 
 
 @dataclass(frozen=True)
@@ -50,8 +61,7 @@ class Plan:
             steps_per_epoch=steps_per_epoch,
             images_per_step=images,
             lr=options["lr"] * images / 256,
-            # check_length refused longer ones, except in a fast_dev_run.
-            warmup_steps=min(options["warmup_epochs"] * steps_per_epoch, total_steps),
+            warmup_steps=_fitted(options["warmup_epochs"], steps_per_epoch, total_steps),
             **{name: options[name] for name in _TAKEN_OVER},
         )
 
@@ -84,30 +94,57 @@ class Plan:
         )
 
 
+def check_epochs(trainer: Trainer, options: Mapping[str, Any]) -> None:
+    """Refuses warm-ups that are longer than the run as soon as that is known: raises ValueError, naming option and numbers."""
+    if trainer.max_epochs and trainer.max_epochs > 0 and trainer.max_steps == -1 and not trainer.fast_dev_run:
+        for name, epochs in _warmups(options).items():
+            if epochs > trainer.max_epochs:
+                raise ValueError(
+                    f"{name}={epochs} is longer than the run of max_epochs={trainer.max_epochs}; shorten the warm-up or train longer"
+                )
+
+
 def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
     """Refuses a run without a length, and warm-ups that are longer than the run; only ``fast_dev_run`` clamps those.
+
+    It makes the training loader, and with it fixes the place in the epoch: not before a resumed run knows its own.
 
     Raises:
         ValueError: naming the option and both numbers.
     """
     total_steps, steps_per_epoch = count_steps(trainer)
-    for name in ("warmup_epochs", "warmup_teacher_temp_epochs"):
-        steps = options[name] * steps_per_epoch
+    for name, epochs in _warmups(options).items():
+        steps = epochs * steps_per_epoch
         if steps > total_steps and not trainer.fast_dev_run:
             raise ValueError(
-                f"{name}={options[name]} is {steps} steps, but the run has only {total_steps} "
+                f"{name}={epochs} is {steps} steps, but the run has only {total_steps} "
                 f"({total_steps / steps_per_epoch:g} epochs of {steps_per_epoch}); shorten the warm-up or train longer"
             )
 
 
+def _warmups(options: Mapping[str, Any]) -> dict[str, int]:
+    """The warm-ups that somebody asked for."""
+    names = ("warmup_epochs", "warmup_teacher_temp_epochs")
+    return {name: options[name] for name in names if not isinstance(options[name], Unsaid)}
+
+
+def _fitted(epochs: int, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps of a warm-up: one that nobody asked for becomes a tenth of a run that is shorter than it."""
+    steps = epochs * steps_per_epoch
+    if steps > total_steps and isinstance(epochs, Unsaid):
+        log.info("warmup_epochs: the default of %d is longer than the run; a tenth of it, %d steps", epochs, total_steps // 10)
+        return total_steps // 10
+    return min(steps, total_steps)  # check_length refused longer ones, except in a fast_dev_run
+
+
 def count_steps(trainer: Trainer) -> tuple[int, int]:
     """(optimizer steps of the run, optimizer steps of an epoch)."""
+    total = trainer.estimated_stepping_batches  # makes the training loader, whose length is known from then on
     if math.isinf(trainer.num_training_batches):
         raise ValueError(
             "the training loader has no length, so an epoch has none; set Trainer(limit_train_batches=N), "
             "which defines the epoch as N batches"
         )
-    total = trainer.estimated_stepping_batches
     if math.isinf(total) or total < 1:
         raise ValueError(
             "the schedules need the length of the run; set Trainer(max_epochs=...) or Trainer(max_steps=...), "

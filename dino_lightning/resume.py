@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from dino_lightning.checkpoint_io import sweep
 from dino_lightning.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,7 @@ def layout(trainer: Trainer, plan: Plan) -> dict[str, int]:
     return {
         "images_per_step": plan.images_per_step,
         "steps_per_epoch": plan.steps_per_epoch,
+        "total_steps": plan.total_steps,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "world_size": trainer.world_size,
     }
@@ -30,7 +32,7 @@ def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if loop is None:
         return
     batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]["current"]
-    if batches["is_last_batch"] and epochs["processed"] < epochs["ready"]:
+    if batches["is_last_batch"] and epochs["processed"] < epochs["ready"] and not _is_validating(loop):
         # Of the last step of an epoch, before Lightning closed it: resumed so, it would count the next epoch as the same.
         for count in loop["epoch_progress"].values():
             count["processed"] = count["ready"]
@@ -46,8 +48,30 @@ def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
         batches["current"][name] += further
 
 
+def validate_again(checkpoint: dict[str, Any]) -> None:
+    """Has a run that is resumed from a checkpoint of the middle of a validation begin with that validation, as a whole."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    for kind in ("current", "total"):
+        progress[kind] = dict.fromkeys(progress[kind], 0)
+    progress["total"]["ready"] = progress["total"]["started"] = 1  # begun and not over
+
+
+def _is_validating(loop: dict[str, Any]) -> bool:
+    total = loop.get("epoch_loop.val_loop.batch_progress", {}).get("total")  # a checkpoint that was adopted has none
+    return total is not None and total["started"] == total["ready"] == total["processed"] + 1
+
+
 def compare(before: dict[str, int], now: dict[str, int]) -> None:
     """Says what is another than in the run whose checkpoint is resumed."""
+    length = before.get("total_steps", now["total_steps"])  # a checkpoint that was adopted does not tell
+    if length != now["total_steps"]:
+        log.warning(
+            "resumed for %d steps in all, before it were %d: learning rate, weight decay and momentum of the teacher go on at the "
+            "same step of schedules over %d; to end as planned, keep max_epochs and max_steps",
+            *(now["total_steps"], length, now["total_steps"]),
+        )
+    before = before | {"total_steps": now["total_steps"]}
     if before["images_per_step"] != now["images_per_step"] or before["steps_per_epoch"] != now["steps_per_epoch"]:
         log.warning(
             "resumed with %d images a step and %d steps an epoch, before it were %d and %d: the schedules go on at the same "
@@ -61,6 +85,14 @@ def compare(before: dict[str, int], now: dict[str, int]) -> None:
             "schedules; sums are rounded in another order and drop path is drawn anew, so the end is not bit-equal",
             *(now["world_size"], now["accumulate_grad_batches"], before["world_size"], before["accumulate_grad_batches"]),
         )
+
+
+def sweep_partial_checkpoints(trainer: Trainer) -> None:
+    """What killed processes left of checkpoints in the folders that this run writes to."""
+    for callback in trainer.checkpoint_callbacks:
+        folder = getattr(callback, "dirpath", None)
+        if folder and "://" not in str(folder):
+            sweep(folder)
 
 
 def forget_no_saved_step(trainer: Trainer) -> None:

@@ -117,7 +117,7 @@ def test_print_config_round_trips(run_dir, capsys):
 def test_fit_writes_into_its_run_folder_only(run_dir):
     fit("--trainer.default_root_dir", "runs")
     written = {str(path.relative_to("runs/lightning_logs/version_0")) for path in Path("runs").rglob("*") if path.is_file()}
-    assert {"config.yaml", "checkpoints/last.ckpt", "checkpoints/epoch=1-step=12.ckpt"} <= written
+    assert {"config.yaml", "checkpoints/last.ckpt"} <= written and sum(name.endswith(".ckpt") for name in written) == 1
     assert {path.name for path in Path().iterdir()} == {"images", "small.yaml", "runs"}
     fit("--config", "runs/lightning_logs/version_0/config.yaml", "--trainer.max_epochs", "1")
     config = yaml.safe_load(Path("runs/lightning_logs/version_1/config.yaml").read_text())
@@ -158,7 +158,8 @@ def test_resume_from_the_last_checkpoint(run_dir):
         fit("--ckpt_path", "last")
     fit("--trainer.max_epochs", "1", "--trainer.default_root_dir", "runs")
     fit("--trainer.max_epochs", "2", "--trainer.default_root_dir", "runs", "--ckpt_path", "last")
-    assert load("runs/lightning_logs/version_1/checkpoints/last.ckpt")["global_step"] == 12
+    assert load("runs/lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] == 12
+    assert not Path("runs/lightning_logs/version_1").exists(), "it goes on in its folder"
     elsewhere = ("--trainer.default_root_dir", "other", "--checkpoint.dirpath", "kept")
     fit("--trainer.max_epochs", "1", *elsewhere)
     fit("--trainer.max_epochs", "2", *elsewhere, "--ckpt_path", "last")

@@ -33,8 +33,9 @@ def test_head_equals_the_reference(golden, variant):
     expected = g.part(f"{variant}.grad.")
     assert gradients.keys() == expected.keys()
     for name, value in expected.items():
-        # Before a batch norm the gradient of a bias is nothing but rounding.
-        atol = max(1e-6, 1e-5 * value.abs().max().item())
+        # Before a batch norm the gradient of a bias is nothing but rounding, which differs between processors.
+        rounding = variant == "bn" and name in ("mlp.0.bias", "mlp.3.bias")
+        atol = 1e-5 if rounding else max(1e-6, 1e-5 * value.abs().max().item())
         torch.testing.assert_close(gradients[name], value, rtol=1e-5, atol=atol, msg=lambda m: f"{name}: {m}")
 
 

@@ -7,6 +7,8 @@ from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.online_probe import OnlineProbe
 from dino_lightning.callbacks.progress import ProgressBar
 from dino_lightning.callbacks.run_config import RunConfig
+from dino_lightning.callbacks.run_report import RunReport
+from dino_lightning.callbacks.save_every import SaveEvery
 from dino_lightning.callbacks.scene_report import SceneReport
 from dino_lightning.callbacks.stop_on_signal import StopOnSignal
 from dino_lightning.callbacks.throughput import Throughput
@@ -19,6 +21,8 @@ __all__ = [
     "OnlineProbe",
     "ProgressBar",
     "RunConfig",
+    "RunReport",
+    "SaveEvery",
     "SceneReport",
     "StopOnSignal",
     "Throughput",

@@ -46,7 +46,9 @@ class AttentionMaps(Callback):
             rank_zero_info("no pictures of attention: the data do not come from a MultiCropDataModule")
         elif trainer.is_global_zero and not _splits_patches(backbone, data.multicrop.global_crops_size):
             self._images = data.examples(self.count)
-        if trainer.global_step == 0:
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:  # only now is it sure that the run begins
             self._draw(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.callbacks.run_config import run_folder
 
@@ -25,11 +24,13 @@ class FeatureWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        features, paths = zip(*predictions)
+        vectors, paths = zip(*predictions)
+        features = torch.cat(vectors).float().cpu().numpy()
         folder = Path(run_folder(trainer))
         folder.mkdir(parents=True, exist_ok=True)
         rank = f".{trainer.global_rank}" if trainer.global_rank else ""
-        np.save(folder / f"features{rank}.npy", torch.cat(features).float().cpu().numpy())
+        np.save(folder / f"features{rank}.npy", features)
         names = "".join(f"{path}\n" for batch in paths for path in batch)
         (folder / f"paths{rank}.txt").write_text(names, encoding="utf-8")
-        rank_zero_info("features written to %s", folder)
+        if trainer.is_global_zero:
+            print(f"{len(features)} features written to {folder}: features.npy, and paths.txt with a line for each row")

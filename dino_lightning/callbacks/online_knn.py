@@ -24,6 +24,13 @@ class OnlineKNN(Callback):
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
         self.metrics = FeatureMetrics(k, temperature)
+        self.before: float | None = None  # top-1 before the first step, where it was asked
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
+        self.before = state_dict["before"]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metrics.reset()
@@ -61,8 +68,8 @@ class OnlineKNN(Callback):
         values = {f"{stage}/{name}": value for name, value in self.metrics.compute().items()}
         self.metrics.reset()
         if trainer.sanity_checking:  # in which Lightning logs nothing
-            top1, top5 = (100 * values[f"{stage}/knn_{name}"].item() for name in ("top1", "top5"))
-            rank_zero_info(f"before the first step: k-NN top-1 {top1:.1f} %, top-5 {top5:.1f} %")
+            self.before, top5 = (values[f"{stage}/knn_{name}"].item() for name in ("top1", "top5"))
+            rank_zero_info(f"before the first step: k-NN top-1 {100 * self.before:.1f} %, top-5 {100 * top5:.1f} %")
             for logger in trainer.loggers:
                 logger.log_metrics({name: value.item() for name, value in values.items()}, step=0)
             return

@@ -3,9 +3,13 @@
 import os
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+
+from dino_lightning.plan import Unsaid
 
 
 class RunConfig(SaveConfigCallback):
@@ -19,31 +23,31 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or stage != "fit":
             return
-        _check_same_checkpoint(trainer)
         folder = run_folder(trainer)
         self._wandb_id = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
         if trainer.is_global_zero:
             os.makedirs(folder, exist_ok=True)
-            self.parser.save(
-                self.config, os.path.join(folder, "config.yaml"), skip_none=False, overwrite=True, multifile=False
-            )
-            config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            config = _anywhere(self.config)
+            self.parser.save(config, os.path.join(folder, "config.yaml"), skip_none=False, overwrite=True, multifile=False)
             for logger in trainer.loggers:
-                logger.log_hyperparams(config)
+                logger.log_hyperparams(yaml.safe_load(self.parser.dump(config, skip_none=False)))
         self.already_saved = True
 
     def state_dict(self) -> dict[str, str | None]:
         return {"wandb_id": self._wandb_id}
 
 
-def _check_same_checkpoint(trainer: Trainer) -> None:
-    """Each process looks for ``--ckpt_path last`` by itself."""
-    chosen = trainer.strategy.broadcast(trainer.ckpt_path)
-    if chosen != trainer.ckpt_path:
-        raise RuntimeError(
-            f"rank 0 resumes {chosen}, rank {trainer.global_rank} {trainer.ckpt_path}: another run writes below the same root "
-            "folder; name the checkpoint, or give each run a trainer.default_root_dir of its own"
-        )
+def _anywhere(config: Namespace) -> Namespace:
+    """A configuration that gives the same run, from the beginning, whatever folder is the current one."""
+    config = config.clone()
+    config.ckpt_path = None
+    if isinstance(config.model.warmup_epochs, Unsaid):
+        del config["model.warmup_epochs"]  # else it would have been asked for in the next run
+    for name in ("data.root", "model.weights", "trainer.default_root_dir", "checkpoint.dirpath"):
+        path = config.get(name)
+        if path and "://" not in str(path) and (name != "model.weights" or os.path.exists(path)):  # or a published name
+            config[name] = os.path.abspath(os.path.expanduser(path))
+    return config
 
 
 def run_folder(trainer: Trainer) -> str:
@@ -55,3 +59,11 @@ def run_folder(trainer: Trainer) -> str:
     else:
         folder = trainer.default_root_dir
     return trainer.strategy.broadcast(folder)
+
+
+def last_checkpoint(trainer: Trainer) -> str:
+    """Where the newest checkpoint belongs: a path or an address (s3://...), as those of the run's other checkpoints."""
+    callback = trainer.checkpoint_callback
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+        return os.path.join(callback.dirpath, "last.ckpt")
+    return os.path.join(run_folder(trainer), "checkpoints", "last.ckpt")

@@ -1,48 +1,54 @@
-"""Machines that are taken away: on a signal the run finishes its step, saves, and leaves."""
+"""Machines that are taken away, and Ctrl-C: on a signal the run finishes its step, saves, and leaves."""
 
-import os
+import logging
 import signal
 import threading
+import time
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.callbacks.run_config import last_checkpoint
 from dino_lightning.late import LateReading
+from dino_lightning.resume import validate_again
 
-_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+log = logging.getLogger(__name__)
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+_TWICE = 1.0  # seconds after which a Ctrl-C is the second one: torchrun passes the first on, so that it comes twice
 
 
 class StopOnSignal(Callback):
-    """On SIGTERM or SIGUSR1, finishes the optimizer step, writes ``checkpoints/last.ckpt`` and exits with 128 + the signal's number.
+    """On SIGINT (Ctrl-C), SIGTERM or SIGUSR1, finishes the optimizer step, writes ``checkpoints/last.ckpt`` and exits with
+    128 + the signal's number. A second Ctrl-C leaves at once.
 
-    It is enough that one rank gets the signal: all leave behind the same step, one later than on a single device. The last
-    step of an epoch is followed by the epoch's validation and one more step, since a resumed run would not make up for the
-    validation; leave time for it. A run resumed from the checkpoint ends as one that was never stopped. (Lightning by itself
-    leaves without saving, or, under SLURM, saves in the middle of a step.)
+    It is enough that one rank gets the signal: all leave behind the same step, one later than on a single device. During a
+    validation they leave within it; the resumed run begins with that validation. A run resumed from the checkpoint ends as one
+    that was never stopped. (Lightning by itself leaves without saving, or, under SLURM, saves in the middle of a step.)
     """
 
     def __init__(self) -> None:
-        self._signal = 0
+        self._signal, self._since = 0, 0.0
         self._step = 0  # the newest step that was looked at
         self._asked: LateReading | None = None
         self._due = 0  # the signal that all ranks know of
         self._saved = False
+        self._even = True  # whether all ranks have as many validation batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal, self._asked, self._due, self._saved = 0, None, 0, False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._listen()
+        self._listen(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,23 +57,53 @@ class StopOnSignal(Callback):
             return
         self._step = trainer.global_step
         self._due = int(self._agreed(trainer, pl_module.device)) or self._due
-        if self._due and not trainer.is_last_batch:
-            path = _last_checkpoint(trainer)
-            rank_zero_warn(f"{signal.Signals(self._due).name}: saving {path} after step {self._step}, and leaving")
-            trainer.save_checkpoint(path)
-            self._saved = True
+        if self._due and not trainer.is_last_batch:  # else the validation of the epoch comes first
+            self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._saved:  # only now has the step been logged
             raise SystemExit(128 + self._due)
 
-    def _listen(self) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._even = trainer.world_size == 1 or _is_even(trainer, pl_module.device)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.state.fn != TrainerFn.FITTING or not self._even:
+            return
+        self._due = int(self._agreed(trainer, pl_module.device)) or self._due
+        if self._due:
+            if not trainer.sanity_checking:  # before it nothing was trained
+                self._save(trainer)
+            raise SystemExit(128 + self._due)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._due and trainer.validating:
+            validate_again(checkpoint)
+
+    def _save(self, trainer: Trainer) -> None:
+        path = last_checkpoint(trainer)
+        if trainer.is_global_zero:
+            name = signal.Signals(self._due).name
+            log.warning("%s: saving %s after step %d, and leaving; --ckpt_path last goes on", name, path, trainer.global_step)
+        trainer.save_checkpoint(path)
+        self._saved = True
+
+    def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:  # Lightning puts the handlers back that there were before the run
-                signal.signal(number, self._note)
+                signal.signal(number, partial(self._note, trainer))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+    def _note(self, trainer: Trainer, number: int, frame: FrameType | None) -> None:
+        if trainer.state.status != TrainerStatus.RUNNING:  # an error ended the run before the handlers were put back
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if number == signal.SIGINT:
+            if self._signal and time.monotonic() - self._since > _TWICE:
+                raise KeyboardInterrupt
+            if not self._signal and trainer.is_global_zero:
+                log.warning("Ctrl-C: finishing the step and saving; once more leaves at once, without")
+        if not self._signal:
+            self._signal, self._since = number, time.monotonic()
 
     def _agreed(self, trainer: Trainer, device: torch.device) -> float:
         """The signal that any rank has got, the same on all ranks: with several, that of the step before, read without waiting."""
@@ -79,9 +115,9 @@ class StopOnSignal(Callback):
         return before.read() if before else 0
 
 
-def _last_checkpoint(trainer: Trainer) -> str:
-    """A path or an address (s3://...), as that of the run's other checkpoints."""
-    callback = trainer.checkpoint_callback
-    if isinstance(callback, ModelCheckpoint) and callback.dirpath:
-        return os.path.join(callback.dirpath, "last.ckpt")
-    return os.path.join(run_folder(trainer), "checkpoints", "last.ckpt")
+def _is_even(trainer: Trainer, device: torch.device) -> bool:
+    """Whether the ranks have the same number of validation batches, behind each of which they can agree."""
+    batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+    most = torch.tensor([batches, -batches], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return bool(most.sum() == 0)

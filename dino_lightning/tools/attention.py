@@ -15,9 +15,9 @@ from dino_lightning.datasets import ImageFolder, UnreadableImage, read_image
 from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features, spatial_maps
 from dino_lightning.multicrop import trim, whole_view
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.painting import normalize
 from dino_lightning.pictures import attention_sheet, pca_sheet
-from dino_lightning.tools.checkpoint import load_module, training_size, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def attention(
             lossless format with one channel, not 0 where the object is: also gives the overlap of the best head's mask with
             it (intersection over union, figure 4 of the paper).
         compare: draw below what the same network looks at without training.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
 
     Returns:
@@ -72,23 +72,21 @@ def attention(
     if pca and pca_path.exists() and not _is_ours(pca_path):
         raise FileExistsError(f"{pca_path} is not a picture of this command, which would overwrite it; choose another output")
     module = load_module(checkpoint)
-    backbone, in_chans = module.teacher.backbone, module.options["in_chans"]
-    mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
-    std = channel_numbers("std", std, IMAGENET_STD, in_chans)
-    size = 2 * min(training_size(module)) if image_size is None else image_size
+    backbone, shown = module.teacher.backbone, images_of(module, image_size, mean, std)
+    size = 2 * min(shown.size) if image_size is None else image_size
     networks = [backbone, untrained(module)] if compare else [backbone]
     overlaps: dict[str, float | None] = {}
     pca_images: list[Tensor] = []
     pca_features: list[Tensor] = []
     for (file, name), truth in zip(tqdm(files, desc="attention"), truths):
         try:
-            pixels = read_image(file, in_chans)
+            pixels = read_image(file, shown.in_chans)
         except UnreadableImage as error:
             log.warning("left out: %s", error)
             continue
         overlap, caption = None, name
         image = whole_view(pixels, size, side_multiple(backbone))
-        network_input = normalize(image[None].to(module.device), mean, std)
+        network_input = normalize(image[None].to(module.device), shown.mean, shown.std)
         drawn = [spatial_maps(network, network_input) for network in networks]
         maps = torch.cat([one.maps.cpu() for one in drawn])  # (networks, heads, h, w)
         if truth is not None:

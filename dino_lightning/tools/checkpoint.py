@@ -2,14 +2,16 @@
 
 import hashlib
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.module import DINOModule
+from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
 from dino_lightning.weights import load_backbone
 
 
@@ -64,10 +66,39 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+class Images(NamedTuple):
+    """What a network of a checkpoint is shown: views of ``size`` (H, W) in pixels, normalised by a mean and std per channel."""
+
+    size: tuple[int, int]
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def images_of(
+    module: DINOModule, image_size: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Images:
+    """As in its training, where nothing else is asked for: the one rule of all tools.
+
+    Args:
+        module: of a checkpoint, which holds what its images were.
+        image_size: pixels of the side, instead of the size of the global crops.
+        mean: instead of the training's; ImageNet's if that is not known, or 0.5 for other channel counts than 3.
+        std: likewise.
+    """
+    in_chans = module.options["in_chans"]
+    return Images(
+        training_size(module) if image_size is None else (image_size, image_size),
+        in_chans,
+        channel_numbers("mean", module.images.get("mean") if mean is None else mean, IMAGENET_MEAN, in_chans),
+        channel_numbers("std", module.images.get("std") if std is None else std, IMAGENET_STD, in_chans),
+    )
+
+
 def training_size(module: DINOModule) -> tuple[int, int]:
-    """(H, W) in pixels of its global crops, as far as the module knows it."""
-    backbone, size = module.teacher.backbone, module.options["img_size"]
-    if isinstance(backbone, VisionTransformer):
+    """(H, W) in pixels of its global crops; of weights of other origins, of the grid of their positions."""
+    backbone, size = module.teacher.backbone, module.images.get("size", module.options["img_size"])
+    if isinstance(backbone, VisionTransformer) and "size" not in module.images:
         return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
     return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -10,8 +10,7 @@ import yaml
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
-from dino_lightning.tools.checkpoint import is_ours, load_module, training_size
+from dino_lightning.tools.checkpoint import images_of, is_ours, load_module
 from dino_lightning.weights.export import export as write
 from dino_lightning.weights.package import Package
 
@@ -39,19 +38,16 @@ def export(
             tools do that otherwise (torchhub's do it as ours: there a square only); by default that of the training.
         network: the teacher, which is better, or the student.
         with_head: keep the projection head (torchhub, safetensors), to train on.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
     """
     if with_head and not is_ours(checkpoint):
         raise ValueError(f"{checkpoint} is no checkpoint of dino-lightning fit, whose head could be kept; leave with_head out")
     module = load_module(checkpoint, network).cpu()
-    trained, in_chans = getattr(module, network), module.options["in_chans"]
+    trained, shown = getattr(module, network), images_of(module, None, mean, std)
     package = Package(
         backbone=copy.deepcopy(trained.backbone).eval(),
-        size=tuple(image_size or training_size(module)),
-        in_chans=in_chans,
-        mean=channel_numbers("mean", mean, IMAGENET_MEAN, in_chans),
-        std=channel_numbers("std", std, IMAGENET_STD, in_chans),
+        **shown._replace(size=tuple(image_size or shown.size))._asdict(),
         head=trained.head.state_dict() if with_head else None,
         center=module.loss.center if with_head else None,
     )

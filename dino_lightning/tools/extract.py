@@ -15,8 +15,7 @@ from dino_lightning.backbones import VisionTransformer
 from dino_lightning.datasets import ImageFiles
 from dino_lightning.evaluation.features import features_with_paths
 from dino_lightning.module import DINOModule
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
-from dino_lightning.tools.checkpoint import load_module, training_size, weights_hash
+from dino_lightning.tools.checkpoint import images_of, load_module, weights_hash
 from dino_lightning.tools.feature_folder import FEATURES, FeatureFolder
 from dino_lightning.tools.parquet import check_pyarrow, write_parquet
 
@@ -47,7 +46,7 @@ def extract(
         n_blocks: n of layers.
         parquet: also features.parquet, with columns path and feature, of cls (needs pyarrow).
         image_size: pixels of the images' side; by default that of the training's global crops.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
         batch_size: images at a time. Another one gives the same features up to rounding.
         num_workers: worker processes.
@@ -61,15 +60,10 @@ def extract(
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     module = load_module(checkpoint)
-    in_chans = module.options["in_chans"]
-    source = ImageFiles(images, in_chans, without=[os.path.abspath(Path(output) / FEATURES)])  # .npy may be an image
+    shown = images_of(module, image_size, mean, std)
+    source = ImageFiles(images, shown.in_chans, without=[os.path.abspath(Path(output) / FEATURES)])  # .npy may be an image
     network = _network(module, what, n_blocks, checkpoint)
-    views = {
-        "size": training_size(module) if image_size is None else (image_size, image_size),
-        "in_chans": in_chans,
-        "mean": channel_numbers("mean", mean, IMAGENET_MEAN, in_chans),
-        "std": channel_numbers("std", std, IMAGENET_STD, in_chans),
-    }
+    views = shown._asdict()
     facts = {
         "checkpoint": os.path.abspath(checkpoint),
         "weights_sha256": weights_hash(module),
@@ -81,7 +75,7 @@ def extract(
         "dino_lightning": dino_lightning.__version__,
     }
     with torch.no_grad():
-        example = network(torch.zeros(1, in_chans, *views["size"], device=module.device))
+        example = network(torch.zeros(1, shown.in_chans, *shown.size, device=module.device))
     folder = FeatureFolder(output, facts, tuple(example.shape[1:]))
     if not folder.complete:
         batches = features_with_paths(

@@ -9,7 +9,7 @@ from dino_lightning.classification import Standing
 from dino_lightning.finetune import FineTune
 from dino_lightning.labelled import LabelledDataModule
 from dino_lightning.randomness import seeded
-from dino_lightning.tools.checkpoint import load_module, training_size, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.folders import labelled_folders
 from dino_lightning.tools.training import new_file, print_standings, train_classifier
 
@@ -52,7 +52,7 @@ def finetune(
         batch_size: images of a step.
         precision: bf16-mixed is faster on most GPUs.
         image_size: pixels of the images' side; by default that of the training's global crops.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
         num_workers: worker processes.
         seed: of the classifier's first weights, the order, the crops and the stochastic depth.
@@ -63,9 +63,8 @@ def finetune(
     """
     path = new_file(output)
     module = load_module(checkpoint)
-    in_chans = module.options["in_chans"]
-    train, query = labelled_folders(root, queries, in_chans)
-    size = training_size(module) if image_size is None else (image_size, image_size)
+    shown = images_of(module, image_size, mean, std)
+    train, query = labelled_folders(root, queries, shown.in_chans)
 
     def tune(title: str, backbone: nn.Module, *callbacks: ModelCheckpoint) -> Standing:
         with seeded(module.device, seed):
@@ -81,7 +80,7 @@ def finetune(
                 seed=seed,
                 classes=train.classes,
             )
-        data = LabelledDataModule(train, query, size, in_chans, batch_size, num_workers, mean, std, seed)
+        data = LabelledDataModule(train, query, **shown._asdict(), batch_size=batch_size, num_workers=num_workers, seed=seed)
         train_classifier(tuned, data, epochs=epochs, title=title, callbacks=callbacks, precision=precision)
         return tuned.results()
 
@@ -90,7 +89,7 @@ def finetune(
     keep = ModelCheckpoint(path.parent, filename=path.stem, enable_version_counter=False, save_on_train_epoch_end=True)
     results["trained"] = tune("trained", module.teacher.backbone, keep)
     print(
-        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels; "
+        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels; "
         "top-1 / top-5 in per cent"
     )
     print_standings(list(results.items()), chosen="epoch")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.features import extract_features, raw_pixels
-from dino_lightning.tools.checkpoint import load_module, training_size, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.folders import labelled_folders
 
 
@@ -32,7 +32,7 @@ def knn(
         k: numbers of neighbours.
         temperature: of the votes.
         image_size: pixels of the images' side; by default that of the training's global crops.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
         batch_size: images at a time.
         num_workers: worker processes.
@@ -42,9 +42,8 @@ def knn(
         For "trained" (and "raw pixels", "untrained"): (top-1, top-5) as fractions for each k.
     """
     module = load_module(checkpoint)
-    in_chans = module.options["in_chans"]
-    bank, query = labelled_folders(root, queries, in_chans)
-    size = training_size(module) if image_size is None else (image_size, image_size)
+    shown = images_of(module, image_size, mean, std)
+    bank, query = labelled_folders(root, queries, shown.in_chans)
 
     def accuracies(title: str, network: Callable[[Tensor], Tensor]) -> list[tuple[float, float]]:
         features = []
@@ -52,10 +51,7 @@ def knn(
             vectors, labels = extract_features(
                 network,
                 source,
-                size=size,
-                in_chans=in_chans,
-                mean=mean,
-                std=std,
+                **shown._asdict(),
                 batch_size=batch_size,
                 num_workers=num_workers,
                 device=module.device,
@@ -70,7 +66,7 @@ def knn(
         results["raw pixels"] = accuracies("raw pixels", raw_pixels)
         results["untrained"] = accuracies("untrained", untrained(module))
     results["trained"] = accuracies("trained", module)
-    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels; top-1 / top-5 in per cent")
+    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels; top-1 / top-5 in per cent")
     print(" " * 12 + "".join(f"{f'k = {n}':>14}" for n in k))
     for name, values in results.items():
         print(f"{name:12}" + "".join(f"{100 * top1:7.1f} /{100 * top5:5.1f}" for top1, top5 in values))

@@ -10,7 +10,7 @@ from dino_lightning.evaluation.linear import linear_protocol, probe_features
 from dino_lightning.labelled import CachedFeatures, LabelledDataModule
 from dino_lightning.probe import RATES, LinearProbe
 from dino_lightning.randomness import seeded
-from dino_lightning.tools.checkpoint import load_module, training_size, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.folders import labelled_folders
 from dino_lightning.tools.training import new_file, print_standings, train_classifier
 
@@ -47,7 +47,7 @@ def linear(
         n_blocks: class tokens of so many last blocks; by default the reference's: 4 of a ViT narrower than 768, 1 of others.
         mean_patch: also the mean patch token; by default of a ViT of width 768 or more.
         image_size: pixels of the images' side; by default that of the training's global crops.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
         num_workers: worker processes.
         seed: of the classifiers' first weights, the order and the crops.
@@ -59,15 +59,14 @@ def linear(
     """
     path = new_file(output) if output else None
     module = load_module(checkpoint)
-    in_chans = module.options["in_chans"]
-    train, query = labelled_folders(root, queries, in_chans)
-    size = training_size(module) if image_size is None else (image_size, image_size)
+    shown = images_of(module, image_size, mean, std)
+    train, query = labelled_folders(root, queries, shown.in_chans)
     usual = linear_protocol(module.teacher.backbone)
     tokens = {
         "n_blocks": usual[0] if n_blocks is None else n_blocks,
         "mean_patch": usual[1] if mean_patch is None else mean_patch,
     }
-    images = {"size": size, "in_chans": in_chans, "mean": mean, "std": std, "num_workers": num_workers}
+    images = {**shown._asdict(), "num_workers": num_workers}
 
     def probe(title: str, backbone: nn.Module) -> LinearProbe:
         backbone.eval()
@@ -88,13 +87,13 @@ def linear(
     results = {name: trained.results() for name, trained in probes.items()}
     width = probes["trained"].heads[0].in_features
     print(
-        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {size[0]}×{size[1]} pixels, "
+        f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels, "
         f"{width} features; top-1 / top-5 in per cent"
     )
     rows = [(f"{name:9}  lr {rate:<6g}", result) for name, found in results.items() for rate, result in found.items()]
     print_standings(rows, chosen="rate and the best epoch")
     if path:
-        saved = {"classes": train.classes, "rates": list(rates), "size": list(size), **tokens}
+        saved = {"classes": train.classes, "rates": list(rates), "size": list(shown.size), **tokens}
         torch.save(saved | {"heads": [head.state_dict() for head in probes["trained"].heads.cpu()]}, path)
         print(f"the classifiers of the last epoch are in {path}")
     return results

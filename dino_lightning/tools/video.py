@@ -15,9 +15,9 @@ from dino_lightning.datasets.frames import import_av, open_frames
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import SpatialMaps, side_multiple, spatial_maps
 from dino_lightning.multicrop import whole_view
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.painting import normalize
 from dino_lightning.pictures import cut_out, framed, heat_map, rgb, sheet
-from dino_lightning.tools.checkpoint import load_module, training_size
+from dino_lightning.tools.checkpoint import images_of, load_module
 
 _MEMORY = 25  # frames over which the range of the colours is averaged
 _FOLDER_RATE = 25  # frames per second of a film of a folder's frames
@@ -52,7 +52,7 @@ def video(
         head: number of the head to show, from 1; by default the mean of all.
         mass: share of the attention that the shown patches hold.
         fps: frames per second of an .mp4; by default those of the video file, or 25 for a folder.
-        mean: per channel, as in the training; by default ImageNet's, or 0.5 for other channel counts.
+        mean: per channel; by default the training's.
         std: per channel, likewise.
 
     Returns:
@@ -69,16 +69,14 @@ def video(
     source = open_frames(frames[0])
     _check_output(Path(output), Path(frames[0]))
     module = load_module(checkpoint)
-    in_chans = module.options["in_chans"]
-    mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
-    std = channel_numbers("std", std, IMAGENET_STD, in_chans)
-    size = 2 * min(training_size(module)) if image_size is None else image_size
+    shown = images_of(module, image_size, mean, std)
+    size = 2 * min(shown.size) if image_size is None else image_size
     backbone = module.teacher.backbone
 
     def views() -> Iterator[tuple[Tensor, SpatialMaps]]:
-        for pixels in tqdm(source.read(in_chans), desc="video", total=source.count):
+        for pixels in tqdm(source.read(shown.in_chans), desc="video", total=source.count):
             image = whole_view(pixels, size, side_multiple(backbone))
-            yield image, spatial_maps(backbone, normalize(image[None].to(module.device), mean, std))
+            yield image, spatial_maps(backbone, normalize(image[None].to(module.device), shown.mean, shown.std))
 
     pages = _pages(views(), head, mass)
     first = next(pages, None)

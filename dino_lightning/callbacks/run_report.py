@@ -1,0 +1,146 @@
+"""What a person wants to know of a run: before it what it will do, after it what came out and what to try next."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tqdm import tqdm
+
+from dino_lightning.callbacks.online_knn import OnlineKNN
+from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.plan import count_images, count_steps
+
+_SKIPPED = 2  # first steps, in which everything is slower
+_SECONDS = 10.0  # of steps, on which the estimate rests; fewer where the run is as short
+_LONG = 6 * 3600.0  # seconds of a run on a CPU, from which on it says what else there is
+
+
+class RunReport(Callback):
+    """Prints, a few lines each: before the first step the images, the network, the device, the steps and the run folder; after
+    the first steps how long it will take; at the end the checkpoints, pictures and k-NN accuracy, and what to try next.
+    """
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._described = False
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(trainer, pl_module)
+
+    def _describe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Only when a resumed run is in its place, since this makes the training loader."""
+        if self._described:
+            return
+        self._described = True
+        total, in_epoch = count_steps(trainer)
+        folder, images, device = run_folder(trainer), count_images(trainer, first_batch_size=0), _device(trainer)
+        if not trainer.is_global_zero:
+            return
+        size = sum(parameter.numel() for parameter in pl_module.student.backbone.parameters()) / 1e6
+        name = pl_module.backbone_name or type(pl_module.student.backbone).__name__
+        step = f" of {images} images" if images else ""
+        _table(
+            images=_images(trainer),
+            network=f"{name}, {size:.1f} million parameters, {pl_module.options['out_dim']} prototypes",
+            device=f"{device}, precision {trainer.precision}",
+            steps=f"{total}{step}, {in_epoch} an epoch",
+            **{"run folder": folder},
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._describe(trainer, pl_module)
+        self._began = time.monotonic()
+        self._first = trainer.global_step
+        self._since: float | None = None  # the beginning of the steps that are timed
+        self._told = not trainer.is_global_zero
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.global_step - self._first
+        if self._told or done < _SKIPPED:
+            return
+        now = time.monotonic()
+        if self._since is None:
+            self._since, self._timed = now, trainer.global_step
+            return
+        timed, left = trainer.global_step - self._timed, trainer.estimated_stepping_batches - trainer.global_step
+        if timed < 3 or (now - self._since < _SECONDS and not trainer.is_last_batch):
+            return
+        self._told = True
+        pace = (now - self._since) / timed
+        line = f"about {_duration(pace * left)} to go ({pace:.2g} s a step), without validation"
+        if pl_module.device.type == "cpu" and pace * left > _LONG:
+            line += "; there is no GPU in this run: --config cpu is made for that"
+        _table(time=line)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pictures = Path(run_folder(trainer)) / "pictures"
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        files = [path for callback in saved for path in (callback.last_model_path, callback.best_model_path) if os.path.exists(path)]
+        lines = {"done": f"{trainer.global_step} steps, the last {trainer.global_step - self._first} in {_duration(time.monotonic() - self._began)}"}
+        if files:
+            lines["checkpoints"] = ", ".join(dict.fromkeys(files))
+        if pictures.is_dir():
+            lines["pictures"] = str(pictures)
+        knn = _knn(trainer)
+        if knn:
+            lines["k-NN top-1"] = knn
+        root = getattr(trainer.datamodule, "root", None)
+        if files and root is not None:
+            lines["try next"] = f"dino-lightning attention IMAGE.jpg --checkpoint {files[0]}"
+            if knn:
+                lines[""] = f"dino-lightning knn --root {root} --compare true --checkpoint {files[0]}"
+        _table(**lines)
+
+
+def _table(**lines: str) -> None:
+    for name, text in lines.items():
+        tqdm.write(f"{name:12} {text}")  # around a progress bar
+
+
+def _images(trainer: Trainer) -> str:
+    data = trainer.datamodule
+    count = getattr(getattr(trainer.train_dataloader, "dataset", None), "__len__", lambda: "?")()
+    if not isinstance(data, MultiCropDataModule):
+        return f"{count}"
+    classes = f" in {len(data.classes)} classes ({_some(data.classes)})" if data.classes else ", no classes"
+    queries = ", ".join(folder.name for folder in data.query_folders)
+    monitored = f"; {queries} asked for the k-NN accuracy" if queries and data.classes else ""
+    return f"{count}{classes}{f' in {data.root}' if data.root else ''}{monitored}"
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _device(trainer: Trainer) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return f"{trainer.world_size} × {name}"
+
+
+def _duration(seconds: float) -> str:
+    """In the two largest units: '2 d 4 h', '18 min', '40 s'."""
+    minutes, hours, days = (round(seconds / unit) for unit in (60, 3600, 86400))
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{hours} h" if hours < 48 else f"{days} days"
+
+
+def _knn(trainer: Trainer) -> str | None:
+    after = trainer.callback_metrics.get("val/knn_top1")
+    if after is None:
+        return None
+    before = next((callback.before for callback in trainer.callbacks if isinstance(callback, OnlineKNN)), None)
+    return f"{100 * after.item():.1f} %" + (f"; {100 * before:.1f} % before the first step" if before is not None else "")

@@ -1,0 +1,60 @@
+"""Checkpoints by the clock, so that a machine that dies costs minutes and not an epoch."""
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from dino_lightning.callbacks.run_config import last_checkpoint
+from dino_lightning.late import LateReading
+
+_STEPS = 10  # between two agreements of several ranks on the time
+
+
+class SaveEvery(Callback):
+    """Writes ``checkpoints/last.ckpt`` behind the first optimizer step after so many minutes without a checkpoint of its own.
+
+    A run resumed from it ends as one that was never stopped. (Lightning's ``ModelCheckpoint(train_time_interval=...)`` may save
+    in the middle of accumulated batches, and has several ranks wait for each other at every batch.)
+
+    Args:
+        minutes: between two checkpoints.
+    """
+
+    def __init__(self, minutes: float = 10.0) -> None:
+        if minutes <= 0:
+            raise ValueError(f"minutes must be positive, got {minutes}")
+        self.minutes = minutes
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+        self._step = trainer.global_step  # the newest that was looked at
+        self._asked: LateReading | None = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not behind the last batch of an epoch, whose validation a resumed run would leave out.
+        if trainer.global_step == self._step or trainer.is_last_batch:
+            return
+        self._step = trainer.global_step
+        if self._is_due(trainer, pl_module.device):
+            trainer.save_checkpoint(last_checkpoint(trainer))
+            self._since = time.monotonic()
+
+    def _is_due(self, trainer: Trainer, device: torch.device) -> bool:
+        """The same on all ranks: with several, as the first of them saw it some steps ago, read without waiting."""
+        late = time.monotonic() - self._since > 60 * self.minutes
+        if trainer.world_size == 1:
+            return late
+        if self._step % _STEPS:
+            return False
+        before, asked = self._asked, torch.full((), float(late), device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self._asked = LateReading(asked)
+        if before is None or not before.read():
+            return False
+        self._asked = None  # it was asked before this checkpoint
+        return True

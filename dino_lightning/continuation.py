@@ -1,0 +1,105 @@
+"""What a command takes from the checkpoint that it goes on with: which one it is, its options, its run folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+_CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Lightning starts go on with what rank 0 found
+_LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
+
+
+def find_last(folders: Sequence[str | os.PathLike[str]]) -> str:
+    """The newest ``last.ckpt`` anywhere below the folders.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    if _was_told():
+        return os.environ[_CHOSEN]
+    # A link may lead nowhere.
+    found = [path for folder in folders for path in Path(folder).glob("**/last*.ckpt") if path.exists()]
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
+            "set trainer.default_root_dir to the folder of the earlier run, or name the file"
+        )
+    newest = str(max(found, key=lambda path: path.stat().st_mtime))
+    rank_zero_info("--ckpt_path last: going on from %s", newest)
+    return newest
+
+
+def agree(path: str, trainer: Trainer) -> str:
+    """What rank 0 has found: each process looks by itself, and another run may have written in between.
+
+    Raises:
+        RuntimeError: if that is of another run, whose options this process does not have.
+    """
+    if trainer.world_size == 1 or _was_told():
+        return path
+    strategy = trainer.strategy
+    if not strategy.cluster_environment.creates_processes_externally:
+        os.environ[_CHOSEN] = path  # this is rank 0, and the others are yet to be started
+        return path
+    strategy.setup_environment()
+    chosen = strategy.broadcast(path)
+    if Path(chosen).parent != Path(path).parent:
+        raise RuntimeError(
+            f"rank 0 resumes {chosen}, rank {trainer.global_rank} {path}: another run writes below the same root folder; name "
+            "the checkpoint, or give each run a trainer.default_root_dir of its own"
+        )
+    return chosen
+
+
+def _was_told() -> bool:
+    return _CHOSEN in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def options_of(saved: Mapping[str, Any], defaults: Namespace) -> dict[str, Any]:
+    """The options in which a checkpoint differs from the defaults, by their names on the command line."""
+    held = {f"model.{name}": value for name, value in saved.get("hyper_parameters", {}).items() if name[0] != "_"}
+    names = {"size": "global_crops_size", "mean": "mean", "std": "std"}
+    held |= {f"data.{names[name]}": value for name, value in (saved.get("images") or {}).items()}
+    return {name: value for name, value in held.items() if value != defaults.get(name)}
+
+
+def run_of(path: str | os.PathLike[str]) -> Path | None:
+    """The run folder of a checkpoint of the command line, if it lies in one."""
+    folder = Path(path).resolve().parent.parent
+    return folder if (folder / "config.yaml").exists() else None
+
+
+def continue_loggers(options: Namespace, run: Path, saved: Mapping[str, Any], wandb_id: str | None) -> None:
+    """Has the loggers of a Trainer's options write on in a run folder, from the step of the checkpoint on.
+
+    Args:
+        options: of the Trainer; changed in place.
+        run: folder of the run that goes on.
+        saved: its checkpoint.
+        wandb_id: of its W&B run.
+    """
+    if options.logger in (None, True):
+        kind = next(kind for kind, files in _LOGGERS.items() if list(run.glob(files)))
+        options.logger = Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace())
+    for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
+        kind = getattr(logger, "class_path", "").rpartition(".")[2]
+        if kind in _LOGGERS and not logger.init_args.get("version"):
+            where = {"save_dir": str(run.parents[1]), "name": run.parent.name, "version": run.name}
+            for name, value in where.items():
+                logger.init_args[name] = value
+        if kind == "CSVLogger":  # Lightning's begins a file anew
+            logger.class_path = "dino_lightning.loggers.AppendingCSVLogger"
+        if kind == "TensorBoardLogger":  # hides the steps that are taken again
+            logger.dict_kwargs = {"purge_step": saved["global_step"], **(logger.get("dict_kwargs") or {})}
+        if kind == "WandbLogger" and wandb_id and not logger.init_args.get("id"):
+            logger.init_args.id = wandb_id
+
+
+def read(path: str) -> dict[str, Any]:
+    """A checkpoint, without moving its tensors into memory."""
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
