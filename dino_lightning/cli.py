@@ -4,6 +4,7 @@ import argparse
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -125,10 +126,11 @@ class DINOCLI(LightningCLI):
         given = self.config
         self.config = given.clone()
         options = self._options.trainer
+        root = options.default_root_dir = _real(options.default_root_dir)
         for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
             where = getattr(logger, "init_args", {})
-            if options.default_root_dir and where.get("save_dir", "") in (None, "."):
-                where["save_dir"] = options.default_root_dir
+            if "save_dir" in where:
+                where["save_dir"] = root if root and where["save_dir"] in (None, ".") else _real(where["save_dir"])
         if self._run is not None and options.logger is not False:
             wandb_id = self._saved["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
             continuation.continue_loggers(options, self._run, self._saved, wandb_id)
@@ -167,6 +169,11 @@ class DINOCLI(LightningCLI):
         if self._run is not None:
             options = self.config_init[self.subcommand]
             options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)
+
+
+def _real(path: str | None) -> str | None:
+    """A folder by its only name: the best checkpoint of a run that goes on is known if its folder is called the same."""
+    return os.path.realpath(os.path.expanduser(path)) if path and "://" not in str(path) else path
 
 
 def _link_channels(options: Namespace) -> None:

@@ -166,6 +166,75 @@ def test_resume_from_the_last_checkpoint(run_dir):
     assert max(load(path)["global_step"] for path in Path("kept").glob("last*.ckpt")) == 12
 
 
+def test_a_resumed_run_goes_on_in_its_folder(run_dir, caplog, capsys):
+    """Its log and its best score too; and says what another length does to the schedules."""
+    root = two_colours(run_dir / "labelled")
+    options = ("--data.root", "labelled", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs",
+               "--trainer.default_root_dir", "runs")  # fmt: skip
+    fit(*options)
+    said = capsys.readouterr().out
+    assert "16 in 2 classes (a, b) in labelled; val asked" in said and "run folder" in said
+    assert re.search(r"k-NN top-1 +[\d.]+ %; [\d.]+ % before the first step", said) and "dino-lightning knn --root labelled" in said
+    run = Path("runs/lightning_logs/version_0")
+    before, config = (run / "metrics.csv").read_text().splitlines(), yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["root"] == str(root) and config["trainer"]["default_root_dir"] == str(run_dir / "runs")
+    best = next(state for name, state in load(run / "checkpoints/last.ckpt")["callbacks"].items() if "knn_top1" in name)
+    (run / "checkpoints/.last.ckpt.abc.partial").write_text("of a process that was killed")
+    fit(*options, "--trainer.max_epochs", "3", "--ckpt_path", "last")
+    assert [path.name for path in Path("runs/lightning_logs").iterdir()] == ["version_0"]
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert (run / "metrics.csv").read_text().splitlines()[: len(before)] == before
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(12))
+    assert "resumed for 12 steps in all, before it were 8" in caplog.text
+    after = next(state for name, state in load(run / "checkpoints/last.ckpt")["callbacks"].items() if "knn_top1" in name)
+    assert after["best_model_score"] >= best["best_model_score"] and len(list(run.rglob("*.ckpt"))) == 2
+    assert not list(run.rglob(".*.partial")), "what was left of it is swept"
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None, "its options begin a new run"
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipes.names() if name not in ("quickstart", "wandb", "warm_start")])
+@pytest.mark.parametrize("channels", [1, 5])
+def test_recipes_take_images_of_any_channels(recipe, channels):
+    with torch.device("meta"):
+        cli = DINOCLI(args=["--config", recipe, "--data.root", "images", "--data.in_chans", str(channels)], run=False)
+        height, width = cli.datamodule.multicrop.global_crops_size
+        features = cli.model.teacher.backbone(torch.zeros(2, channels, height, width))
+    assert len(features) == 2 and cli.datamodule.in_chans == cli.model.options["in_chans"] == channels
+
+
+def test_a_backbone_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match="init_args.in_chans is 4, but data.in_chans 5; give data.in_chans alone"):
+        DINOCLI(["--config", "cpu", "--data.root", "images", "--data.in_chans", "5", "--model.backbone.init_args.in_chans", "4"], run=False)
+
+
+def test_default_warm_ups_fit_and_given_ones_are_refused_before_there_is_a_folder(run_dir, caplog):
+    with pytest.raises(ValueError, match="warmup_epochs=10 is longer than the run of max_epochs=2"):
+        fit("--model.warmup_epochs", "10")
+    assert {path.name for path in Path().iterdir()} == {"images", "small.yaml"}
+    Path("small.yaml").write_text(SMALL.replace("  warmup_epochs: 1\n", ""))
+    for options in ((), ("--config", "lightning_logs/version_0/config.yaml"), ("--ckpt_path", "last", "--trainer.max_epochs", "3")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit("--trainer.log_every_n_steps", "1", *options)
+        assert "warmup_epochs: the default of 10 is longer than the run; a tenth of it, 1 steps" in caplog.text
+
+
+def test_checkpoints_know_their_images(run_dir, capsys):
+    """One rule: predict, extract and the rest show a network what it was trained on."""
+    fit("--trainer.max_epochs", "1", "--data.mean", "[0.4, 0.5, 0.6]", "--data.global_crops_size", "40", "--data.local_crops_number", "0")
+    checkpoint = "lightning_logs/version_0/checkpoints/last.ckpt"
+    assert load(checkpoint)["images"] == {"size": [40, 40], "mean": [0.4, 0.5, 0.6], "std": [0.229, 0.224, 0.225]}
+    capsys.readouterr()
+    main(["predict", "--data.root", "images", "--data.batch_size", "4", "--data.num_workers", "0", "--trainer.accelerator", "cpu",
+          "--trainer.default_root_dir", "predicted", "--ckpt_path", checkpoint])  # fmt: skip
+    folder = Path("predicted/lightning_logs/version_0").resolve()
+    assert f"24 features written to {folder}" in capsys.readouterr().out
+    main(["extract", "images", "--checkpoint", checkpoint])
+    np.testing.assert_allclose(np.load(folder / "features.npy"), np.load("features/features.npy"), rtol=1e-4, atol=1e-5)
+    facts = json.loads(Path("features/features.json").read_text())
+    assert facts["size"] == [40, 40] and facts["mean"] == [0.4, 0.5, 0.6]
+
+
 def test_checkpoint_of_the_command_line_keeps_the_class_path(run_dir):
     fit("--trainer.max_epochs", "1")
     path = "lightning_logs/version_0/checkpoints/last.ckpt"

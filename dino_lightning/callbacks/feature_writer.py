@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from tqdm import tqdm
 
 from dino_lightning.callbacks.run_config import run_folder
 
@@ -33,4 +34,4 @@ class FeatureWriter(BasePredictionWriter):
         names = "".join(f"{path}\n" for batch in paths for path in batch)
         (folder / f"paths{rank}.txt").write_text(names, encoding="utf-8")
         if trainer.is_global_zero:
-            print(f"{len(features)} features written to {folder}: features.npy, and paths.txt with a line for each row")
+            tqdm.write(f"{len(features)} features written to {folder}: features.npy, and paths.txt with a line for each row")
