@@ -1,12 +1,16 @@
 """DINO self-supervised learning (Caron et al. 2021) as a PyTorch Lightning package."""
 
-from dino_lightning import evaluation, optim, schedules
-from dino_lightning.backbones import VisionTransformer
-from dino_lightning.datamodule import MultiCropDataModule
-from dino_lightning.head import DINOHead
-from dino_lightning.loss import DINOLoss
-from dino_lightning.module import DINOModule
-from dino_lightning.weights import load_backbone
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dino_lightning import evaluation, optim, schedules
+    from dino_lightning.backbones import VisionTransformer
+    from dino_lightning.datamodule import MultiCropDataModule
+    from dino_lightning.head import DINOHead
+    from dino_lightning.loss import DINOLoss
+    from dino_lightning.module import DINOModule
+    from dino_lightning.weights import load_backbone
 
 __all__ = [
     "DINOHead",
@@ -21,3 +25,24 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Imported when they are asked for: torch and Lightning take seconds, which the command line has not got to name a misspelt option.
+_HOME = {
+    "DINOHead": "head",
+    "DINOLoss": "loss",
+    "DINOModule": "module",
+    "MultiCropDataModule": "datamodule",
+    "VisionTransformer": "backbones",
+    "load_backbone": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME.get(name, name)}")
+    return globals().setdefault(name, getattr(module, name) if name in _HOME else module)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,15 +5,13 @@ import importlib
 import inspect
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
@@ -33,12 +31,12 @@ from dino_lightning.callbacks import (
     Throughput,
 )
 from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.door.entrance import Call, enter, table
+from dino_lightning.door.errors import UsageError
+from dino_lightning.door.parser_errors import brief
 from dino_lightning.module import DINOModule
 from dino_lightning.plan import check_epochs
 from dino_lightning.tools import TOOLS
-
-
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 
 
 class DINOCLI(LightningCLI):
@@ -54,10 +52,8 @@ class DINOCLI(LightningCLI):
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
-        listing = "\n".join(f"  {name:<20}{recipes.summary(name)}" for name in recipes.names())
-        tools = "\n".join(f"  {name:<20}{inspect.getdoc(tool).partition(chr(10))[0]}" for name, tool in TOOLS.items())
-        epilog = f"other commands (dino-lightning COMMAND --help):\n{tools}\n\nrecipes for --config:\n{listing}"
-        help_texts = {"epilog": epilog, "formatter_class": _HelpFormatter}
+        listing = table({name: recipes.summary(name) for name in recipes.names()})
+        help_texts = {"epilog": f"recipes for --config:\n{listing}"}
         super().__init__(
             DINOModule,
             MultiCropDataModule,
@@ -66,8 +62,9 @@ class DINOCLI(LightningCLI):
             # The check before the first step takes all labelled images: what a run must improve on.
             trainer_defaults={"max_epochs": 100, "num_sanity_val_steps": -1, "enable_model_summary": False},
             parser_kwargs={
-                "description": "DINO: self-supervised learning on a folder of images.",
-                **help_texts,
+                "prog": "dino-lightning",
+                "exit_on_error": False,
+                "formatter_class": _HelpFormatter,
                 **{name: help_texts for name in self.subcommands()},
             },
             auto_configure_optimizers=False,
@@ -88,7 +85,7 @@ class DINOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
-        args = _with_recipes(sys.argv[1:] if args is None else args)
+        args = recipes.resolve_in(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
         options = self._options
         if options.get("ckpt_path") == "last":
@@ -207,57 +204,27 @@ def _imported(class_path: str) -> type:
     return getattr(importlib.import_module(module), name)
 
 
-def _with_recipes(args: Sequence[str]) -> list[str]:
-    """Replaces the names of recipes behind --config by their paths."""
-    resolved = []
-    for i, arg in enumerate(args):
-        option, equals, value = arg.partition("=")
-        if option in ("--config", "-c") and equals:
-            arg = f"{option}={recipes.resolve(value)}"
-        elif i > 0 and args[i - 1] in ("--config", "-c"):
-            arg = recipes.resolve(arg)
-        resolved.append(arg)
-    return resolved
+def run(call: Call) -> None:
+    """Does what the door left to do.
 
-
-def _run_tool(name: str, args: Sequence[str]) -> None:
-    """Calls a tool with its options; what its ``*names`` take stands on the command line without an option."""
-    tool = TOOLS[name]
-    parser = ArgumentParser(prog=f"dino-lightning {name}")
-    parser.add_argument("--config", action="config", help="a YAML file with these options")
-    listed = next((p.name for p in inspect.signature(tool).parameters.values() if p.kind == p.VAR_POSITIONAL), None)
-    if listed:
-        explained = next(p.description for p in docstring_parser.parse(tool.__doc__).params if p.arg_name == listed)
-        parser.add_argument(listed, nargs="+", type=str, help=explained)
-    parser.add_function_arguments(tool, as_positional=False, fail_untyped=True)
-    several = {f"--{p.name}" for p in inspect.signature(tool).parameters.values() if "tuple" in str(p.annotation)}
-    options = parser.parse_args(_with_lists(args, several)).as_dict()
-    options.pop("config")
-    tool(*options.pop(listed, ()), **options)
-
-
-def _with_lists(args: Sequence[str], options: set[str]) -> list[str]:
-    """Numbers behind an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``."""
-    joined: list[str] = []
-    for arg in args:
-        number = _NUMBER.fullmatch(arg) is not None
-        if number and joined and joined[-1] in options:
-            joined.append(f"[{arg}]")
-        elif number and len(joined) > 1 and joined[-2] in options:
-            joined[-1] = f"{joined[-1].removesuffix(']')},{arg}]"
-        else:
-            joined.append(arg)
-    return joined
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """The command ``dino-lightning``."""
+    Raises:
+        UsageError: if Lightning's parser does not take the arguments.
+    """
     log = logging.getLogger("dino_lightning")
     log.setLevel(logging.INFO)  # what a load of weights matched, where a run goes on
     if not log.hasHandlers():
         log.addHandler(logging.StreamHandler())
-    args = sys.argv[1:] if args is None else list(args)
-    if args and args[0] in TOOLS:
-        _run_tool(args[0], args[1:])
-    else:
-        DINOCLI(args or ["--help"])
+    if call.tool:
+        TOOLS[call.tool](*call.args, **call.options)
+        return
+    try:
+        DINOCLI(call.args)
+    except argparse.ArgumentError as error:
+        raise UsageError(brief(str(error), call.args[0])) from error
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command ``dino-lightning`` in Python: errors are raised."""
+    call = enter(sys.argv[1:] if args is None else list(args))
+    if call:
+        run(call)

@@ -1,5 +1,7 @@
 """The recipes: YAML files in ``configs/`` that hold what differs from the defaults, found by name."""
 
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -32,4 +34,19 @@ def resolve(config: str) -> str:
     recipe = folder() / f"{Path(config).name.removesuffix('.yaml')}.yaml"
     if recipe.exists() and Path(config).name == config:
         return str(recipe)
-    raise FileNotFoundError(f"there is no config file {config!r} and no recipe of that name; recipes: {', '.join(names())}")
+    near = difflib.get_close_matches(Path(config).name.removesuffix(".yaml"), names(), 1)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    raise FileNotFoundError(f"there is no config file {config!r} and no recipe of that name; {guess}recipes: {', '.join(names())}")
+
+
+def resolve_in(args: Sequence[str]) -> list[str]:
+    """Arguments of a command with paths in place of the recipes' names behind --config."""
+    resolved = []
+    for i, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option in ("--config", "-c") and equals:
+            arg = f"{option}={resolve(value)}"
+        elif i > 0 and args[i - 1] in ("--config", "-c"):
+            arg = resolve(arg)
+        resolved.append(arg)
+    return resolved

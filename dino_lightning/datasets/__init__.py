@@ -2,8 +2,9 @@
 
 from dino_lightning.datasets.decode import ChannelMismatch, UnreadableImage, as_array, read_image
 from dino_lightning.datasets.image_files import ImageFiles
-from dino_lightning.datasets.image_folder import IMAGE_EXTENSIONS, ImageFolder, find_splits
+from dino_lightning.datasets.image_folder import ImageFolder, find_splits
 from dino_lightning.datasets.scenes import Scenes
+from dino_lightning.listing import IMAGE_EXTENSIONS
 
 __all__ = [
     "IMAGE_EXTENSIONS",

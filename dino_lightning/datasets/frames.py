@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dino_lightning.datasets.decode import UnreadableImage, as_array, read_image
-from dino_lightning.datasets.image_folder import IMAGE_EXTENSIONS
+from dino_lightning.listing import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)
 

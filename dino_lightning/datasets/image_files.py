@@ -7,7 +7,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from dino_lightning.datasets.decode import read_image
-from dino_lightning.datasets.image_folder import ImageFolder, pack_names
+from dino_lightning.datasets.image_folder import pack_names
+from dino_lightning.listing import list_named
 
 
 class ImageFiles(Dataset):
@@ -26,14 +27,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, names: Sequence[str | os.PathLike[str]], in_chans: int = 3, without: Collection[str] = ()) -> None:
         self.in_chans = in_chans
-        paths: dict[str, None] = {}
-        for name in names:
-            paths.update(dict.fromkeys(_paths(name)))
-        for path in without:
-            paths.pop(path, None)
-        if not paths:
-            raise FileNotFoundError(f"no images in {', '.join(map(str, names)) or 'an empty list of names'}")
-        self._paths, self._ends = pack_names(list(paths))
+        self._paths, self._ends = pack_names(list_named(names, without))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -45,12 +39,3 @@ class ImageFiles(Dataset):
         """The absolute path of image ``index``."""
         index = range(len(self))[index]
         return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]])
-
-
-def _paths(name: str | os.PathLike[str]) -> list[str]:
-    if os.path.isdir(name):
-        folder = ImageFolder(name)
-        return [folder.path(i) for i in range(len(folder))]
-    if not os.path.isfile(name):
-        raise FileNotFoundError(f"there is no image or folder {os.fspath(name)!r}")
-    return [os.path.abspath(name)]

@@ -1,19 +1,14 @@
 """A folder of images as a Dataset of uint8 arrays, with labels where its subfolders name classes."""
 
 import os
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from dino_lightning.datasets.decode import read_image
-
-IMAGE_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .ppm .pgm .pbm .jp2 .npy".split()
-)  # lower case; file names are matched in any case
+from dino_lightning.listing import list_images
 
 
 class ImageFolder(Dataset):
@@ -32,7 +27,7 @@ class ImageFolder(Dataset):
     def __init__(self, root: str | os.PathLike[str], in_chans: int = 3, classes: Sequence[str] | None = None) -> None:
         self.root = os.path.abspath(root)
         self.in_chans = in_chans
-        names = _list_images(self.root)
+        names = list_images(self.root)
         self.classes = list(classes) if classes is not None else _classes_among(names)
         self.labels = _labels(names, self.classes, self.root) if self.classes is not None else None
         self._names, self._ends = pack_names(names)
@@ -63,65 +58,6 @@ def find_splits(root: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
         return root, []
     others = [entry for entry in root.iterdir() if entry != train and entry.is_dir() and not entry.name.startswith(".")]
     return (train, queries) if queries or not others else (root, [])
-
-
-@dataclass
-class _Listing:
-    images: list[str] = field(default_factory=list)  # relative to the root, with "/" between the parts
-    other_extensions: Counter[str] = field(default_factory=Counter)
-    folders: int = 0  # below the root
-
-
-def _list_images(root: str) -> list[str]:
-    if not os.path.exists(root):
-        raise FileNotFoundError(f"there is no image folder {root}: check the path")
-    if not os.path.isdir(root):
-        raise NotADirectoryError(f"{root} is a file: pass the folder that holds the images")
-    listing = _scan(root)
-    if not listing.images:
-        raise FileNotFoundError(_no_images(root, listing))
-    # A folder lists its entries in no order; code points compare alike on every machine, whatever its locale.
-    return sorted(listing.images)
-
-
-def _scan(root: str) -> _Listing:
-    listing = _Listing(folders=-1)  # the root itself does not count
-    pending = [(root, "", frozenset())]
-    while pending:
-        folder, prefix, parents = pending.pop()
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in parents:  # a link back to a folder that this one lies in
-            continue
-        listing.folders += 1
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if _is_folder(entry):
-                    pending.append((entry.path, f"{prefix}{entry.name}/", parents | {identity}))
-                    continue
-                extension = os.path.splitext(entry.name)[1].lower()
-                if extension in IMAGE_EXTENSIONS:
-                    listing.images.append(prefix + entry.name)
-                else:
-                    listing.other_extensions[extension] += 1
-    return listing
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # entry.is_dir() alone raises for a link to itself; isdir takes it for a file, which will not open when it is read.
-    return entry.is_dir(follow_symlinks=False) or (entry.is_symlink() and os.path.isdir(entry.path))
-
-
-def _no_images(root: str, listing: _Listing) -> str:
-    others = listing.other_extensions
-    frequent = ", ".join(f"{name or 'no extension'} ({count})" for name, count in others.most_common(3))
-    return (
-        f"no images in {root}: found {listing.folders} folders and {others.total()} other files"
-        f"{f', most of them {frequent}' if frequent else ''}. Files count as images by their extension: "
-        f"{' '.join(sorted(IMAGE_EXTENSIONS))}. Convert the files to one of these, or pass another folder."
-    )
 
 
 def _first_folder(name: str) -> str | None:

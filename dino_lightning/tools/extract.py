@@ -1,6 +1,5 @@
 """``dino-lightning extract``: features of images out of a checkpoint, into files."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,10 @@ import dino_lightning
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.datasets import ImageFiles
 from dino_lightning.evaluation.features import features_with_paths
+from dino_lightning.finished import FEATURES, asked, names_hash, summary
 from dino_lightning.module import DINOModule
 from dino_lightning.tools.checkpoint import images_of, load_module, weights_hash
-from dino_lightning.tools.feature_folder import FEATURES, FeatureFolder
+from dino_lightning.tools.feature_folder import FeatureFolder
 from dino_lightning.tools.parquet import check_pyarrow, write_parquet
 
 
@@ -59,6 +59,7 @@ def extract(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    command = asked(checkpoint, what, n_blocks, image_size, mean, std)  # before the file is read
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
     source = ImageFiles(images, shown.in_chans, without=[os.path.abspath(Path(output) / FEATURES)])  # .npy may be an image
@@ -66,12 +67,13 @@ def extract(
     views = shown._asdict()
     facts = {
         "checkpoint": os.path.abspath(checkpoint),
+        "asked": command,
         "weights_sha256": weights_hash(module),
         "what": what,
         "n_blocks": n_blocks if what == "layers" else None,
         **views,
         "images": len(source),
-        "images_sha256": _names_hash(source),
+        "images_sha256": names_hash(source.path(i) for i in range(len(source))),
         "dino_lightning": dino_lightning.__version__,
     }
     with torch.no_grad():
@@ -97,10 +99,7 @@ def extract(
             folder.finish()
     if parquet:
         write_parquet(folder.folder)
-    print(
-        f"features of {folder.rows} images, {' × '.join(map(str, folder.row_shape))} numbers each, in {output}"
-        + (f"; {folder.unreadable} could not be read" if folder.unreadable else "")
-    )
+    print(summary(folder.rows, folder.row_shape, output, folder.unreadable))
 
 
 def _network(module: DINOModule, what: str, n_blocks: int, checkpoint: str) -> Callable[[Tensor], Tensor]:
@@ -116,14 +115,3 @@ def _network(module: DINOModule, what: str, n_blocks: int, checkpoint: str) -> C
         blocks = range(-n_blocks, 0)
         return lambda images: torch.stack([layer.cls for layer in vit.forward_features(images, blocks)], dim=1)
     return lambda images: vit.forward_features(images)[0].patches
-
-
-def _names_hash(source: ImageFiles) -> str:
-    """SHA-256 of the paths, in their order."""
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        path = os.fsencode(source.path(i))
-        if b"\n" in path or b"\r" in path:
-            raise ValueError(f"the name {source.path(i)!r} has a line break, and paths.txt a line for each image; rename it")
-        digest.update(path + b"\n")
-    return digest.hexdigest()

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FEATURES, PATHS, FACTS = "features.npy", "paths.txt", "features.json"
+from dino_lightning.finished import FACTS, FEATURES, PATHS
+
 _SECONDS = 2.0  # between two times at which the files are brought to the disk
-_WHERE = "checkpoint"  # a fact on which the features do not depend: the hash of the weights says more
+_WHENCE = ("checkpoint", "asked")  # the command; of what the features depend on, the other facts say more
 
 
 class FeatureFolder:
@@ -27,7 +28,7 @@ class FeatureFolder:
 
     Args:
         folder: is made.
-        facts: what the features depend on, to JSON; all but "checkpoint" must be those that the folder was begun with.
+        facts: what the features depend on, to JSON; all but "checkpoint" and "asked" must be those that the folder was begun with.
         row_shape: of one image's features.
 
     Raises:
@@ -103,7 +104,7 @@ class FeatureFolder:
     def _resume(self) -> None:
         found = _read_facts(self.folder)
         self.rows, self.unreadable, self.complete = (found.pop(name) for name in ("features", "unreadable", "complete"))
-        names = [name for name in {**found, **self.facts} if name != _WHERE and found.get(name) != self.facts.get(name)]
+        names = [name for name in {**found, **self.facts} if name not in _WHENCE and found.get(name) != self.facts.get(name)]
         if names:
             differences = "; ".join(f"{name} {found.get(name)} there, {self.facts.get(name)} here" for name in names)
             raise FileExistsError(f"{self.folder} holds features of something else ({differences}); choose another folder")

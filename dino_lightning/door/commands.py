@@ -1,0 +1,77 @@
+"""The arguments of fit, validate, test and predict, as far as they can be judged without Lightning's parser."""
+
+from argparse import ArgumentError
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dino_lightning import recipes
+from dino_lightning.door import faces
+from dino_lightning.door.arguments import options, read_config, unknown
+from dino_lightning.door.errors import UsageError
+from dino_lightning.door.parser_errors import brief
+
+
+def check(command: str, args: Sequence[str]) -> None:
+    """Judges the names of options, files and folders; of a name with dots the first two parts.
+
+    Raises:
+        UsageError: if the command has no such option, an option of a plain type is given another value, or there are no images.
+        FileNotFoundError: if a config file, a recipe or the folder of images is not there.
+    """
+    known = faces.options(command)
+    given = list(options(args))
+    for name, _ in given:
+        if not known.have(name[2:]):
+            raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
+    if args and not args[0].startswith("-"):
+        raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean --data.root {args[0]}?")
+    _check_values(command, given)
+    images: dict[str, Any] = {}
+    for name, value in given:
+        images.update(_in_config(command, value) if name == "--config" and value else {name[2:]: value})
+    if not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
+        _check_images(command, images)
+
+
+def _check_values(command: str, given: Sequence[tuple[str, str | None]]) -> None:
+    from jsonargparse import ArgumentParser  # half a second, which the errors before need not wait
+
+    parser = ArgumentParser(exit_on_error=False)
+    for group, stub in faces.stubs().items():
+        parser.add_function_arguments(stub, group, fail_untyped=False, sub_configs=True)
+    known = {option for action in parser._actions for option in action.option_strings}
+    plain = [f"{name}={value}" for name, value in given if name in known and name.count(".") == 1 and value is not None]
+    try:
+        parser.parse_args(plain)
+    except ArgumentError as error:
+        raise UsageError(brief(str(error), command)) from error
+
+
+def _in_config(command: str, config: str) -> dict[str, Any]:
+    """The keys of a config file down to the second level, with dots."""
+    known, content = faces.options(command), read_config(recipes.resolve(config))
+    found = dict(_two_levels(content))
+    for key in found:
+        if not known.have(key):
+            raise unknown("key", f"in {config}", key, known.names(), "", f"dino-lightning {command} --help lists them")
+    return found
+
+
+def _two_levels(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in content.items():
+        if isinstance(value, dict) and "." not in str(key) and "class_path" not in value:
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        else:
+            yield str(key), value
+
+
+def _check_images(command: str, given: dict[str, Any]) -> None:
+    sources = {name: value for name, value in given.items() if name.partition(".")[0] == "data"}
+    if "data" in sources:  # a file of its own
+        return
+    root = sources.get("data.root")
+    if root is not None and not Path(root).expanduser().exists():
+        raise FileNotFoundError(f"there is no image folder {root}: check the path")
+    if root is None and not any(name.startswith("data.dataset") and value is not None for name, value in sources.items()):
+        raise UsageError(f"{command} needs images: add --data.root FOLDER (a folder of images), or data.dataset")

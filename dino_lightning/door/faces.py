@@ -1,0 +1,82 @@
+"""What the commands look like: which there are, and the names and types of their options."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from dino_lightning.door.sources import function, light_part, stub
+
+COMMANDS = {
+    "fit": "Trains on a folder of images, without labels.",
+    "validate": "k-NN accuracy of a checkpoint's features on labelled images.",
+    "test": "The same on the test split.",
+    "predict": "Writes the features of images.",
+}  # of Lightning
+
+# The options GROUP.NAME are the arguments of a class.
+_GROUPS = {
+    "data": ("dino_lightning.datamodule", "MultiCropDataModule"),
+    "model": ("dino_lightning.module", "DINOModule"),
+    "trainer": ("lightning.pytorch.trainer.trainer", "Trainer"),
+    "checkpoint": ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
+}
+# Those without a group are the arguments of the Trainer's method, and these.
+_ALONE = {"config", "print_config", "help", "seed_everything"}
+_NOT_OPTIONS = {"self", "model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
+
+
+class Options(NamedTuple):
+    """Of a command: ``alone``, the names without a dot; ``groups``, the names behind GROUP., None where they are not known."""
+
+    alone: set[str]
+    groups: dict[str, set[str] | None]
+
+    def have(self, name: str) -> bool:
+        """Whether the parser may know it; of data.dataset.init_args.count, data.dataset is judged."""
+        group, dot, rest = name.removesuffix("+").partition(".")
+        if group not in self.groups:
+            return not dot and group in self.alone
+        names = self.groups[group]
+        return not dot or names is None or rest.partition(".")[0].removesuffix("+") in names
+
+    def names(self) -> list[str]:
+        """All of them, with dots."""
+        return [*self.alone, *(f"{group}.{name}" for group, names in self.groups.items() for name in names or ())]
+
+
+@functools.cache
+def options(command: str) -> Options:
+    """Of fit, validate, test or predict."""
+    groups = {group: _arguments(module, f"{owner}.__init__") for group, (module, owner) in _GROUPS.items()}
+    module, owner = _GROUPS["trainer"]
+    return Options(_ALONE | (_arguments(module, f"{owner}.{command}") or set()), groups)
+
+
+def _arguments(module: str, name: str) -> set[str] | None:
+    """None where they are not known: no such source, or arguments of any name."""
+    node = function(module, name)
+    if node is None or node.args.kwarg:
+        return None
+    return {argument.arg for argument in node.args.args + node.args.kwonlyargs} - _NOT_OPTIONS
+
+
+def stubs() -> dict[str, Callable[..., None]]:
+    """For each group a function with those of its options whose types are plain ones."""
+    nodes = {group: (module, function(module, f"{owner}.__init__")) for group, (module, owner) in _GROUPS.items()}
+    return {group: stub(module, light_part(module, node)) for group, (module, node) in nodes.items() if node}
+
+
+@functools.cache
+def tools() -> dict[str, Callable[..., None]]:
+    """A stub of each tool by its name: a function in ``tools/`` in a file of its name."""
+    package = Path(__file__).resolve().parent.parent
+    names = sorted(path.stem for path in (package / "tools").glob("*.py"))
+    nodes = {name: (f"{package.name}.tools.{name}", function(f"{package.name}.tools.{name}", name)) for name in names}
+    return {name: stub(module, node) for name, (module, node) in nodes.items() if node}
+
+
+def summary(tool: str) -> str:
+    """The first line of its docstring."""
+    return inspect.getdoc(tools()[tool]).partition("\n")[0]
