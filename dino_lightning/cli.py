@@ -5,7 +5,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,20 @@ class DINOCLI(LightningCLI):
             ours.append(FeatureWriter())
         self.trainer_defaults["callbacks"] = ours + best
         return super().instantiate_trainer(**kwargs)
+
+
+    def validate(self, **options: Any) -> None:
+        self._evaluate(self.trainer.validate, **options)
+
+    def test(self, **options: Any) -> None:
+        self._evaluate(self.trainer.test, **options)
+
+    def _evaluate(self, run: Callable[..., Any], *, verbose: bool, **options: Any) -> None:
+        """Prints each number once; Lightning's table repeats those of [bank, query] for both loaders."""
+        run(**options, verbose=False)
+        if verbose and self.trainer.is_global_zero:
+            measured = sorted(self.trainer.callback_metrics.items())
+            print("\n".join(f"{name:16}{value:.4f}" for name, value in measured) or "no labelled train/ and val/ to measure on")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

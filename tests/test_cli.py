@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import two_colours, write_images
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer, recipes
@@ -294,6 +295,22 @@ def test_test_command_reports_knn_on_the_test_split(run_dir, capsys):
             write_images(Path("labelled") / split / name, count, first=10 * i)
     main(["test", "--config", "small.yaml", "--data.root", "labelled", "--trainer.logger", "false"])
     assert "test/knn_top1" in capsys.readouterr().out
+
+
+def test_validate_prints_each_number_once(run_dir, capsys, caplog):
+    root = two_colours(run_dir / "labelled")
+    main(["validate", "--config", "small.yaml", "--data.root", str(root), "--trainer.logger", "false"])
+    printed = capsys.readouterr().out
+    for name in ("knn_top1", "knn_top5", "rank_me"):
+        assert len(re.findall(rf"^val/{name} +[\d.]+$", printed, flags=re.MULTILINE)) == 1 == printed.count(f"val/{name}"), printed
+    main(["validate", "--config", "small.yaml", "--data.root", "images", "--trainer.logger", "false"])
+    assert "no labelled train/ and val/" in capsys.readouterr().out
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    data = MultiCropDataModule(root, batch_size=4, num_workers=0, global_crops_size=32, local_crops_size=16)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with caplog.at_level("INFO"):
+        trainer.validate(DINOModule(vit, out_dim=64, hidden_dim=32), data)
+    assert caplog.text.count("dino_lightning.callbacks.OnlineKNN") == 1
 
 
 def test_plain_lightning_cli_works(run_dir, monkeypatch):
