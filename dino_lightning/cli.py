@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,19 @@ class DINOCLI(LightningCLI):
         if self._run is not None:
             options = self.config_init[self.subcommand]
             options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)
+
+    def validate(self, **options: Any) -> None:
+        self._evaluate(self.trainer.validate, **options)
+
+    def test(self, **options: Any) -> None:
+        self._evaluate(self.trainer.test, **options)
+
+    def _evaluate(self, run: Callable[..., Any], *, verbose: bool, **options: Any) -> None:
+        """Prints each number once; Lightning's table repeats those of [bank, query] for both loaders."""
+        run(**options, verbose=False)
+        if verbose and self.trainer.is_global_zero:
+            measured = sorted(self.trainer.callback_metrics.items())
+            print("\n".join(f"{name:16}{value:.4f}" for name, value in measured) or "no labelled train/ and val/ to measure on")
 
 
 def _real(path: str | None) -> str | None:

@@ -6,6 +6,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger as LightningCSVLogger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
@@ -67,6 +68,23 @@ class WandbLogger(LightningWandbLogger):
     """
 
     _recorded: dict[int, set[str]] | None = None  # names by step, of earlier sittings
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, which begins when it is first asked for: before the training.
+
+        Raises:
+            RuntimeError: if W&B does not begin it, as without a key where nobody can be asked for one.
+        """
+        import wandb  # not before it is used
+
+        try:
+            return super().experiment
+        except wandb.Error as error:
+            raise RuntimeError(
+                f"W&B does not begin a run: {error} Without an account, or a network, WANDB_MODE=offline records it on this machine; "
+                "`wandb login` keeps your key, once for all runs"
+            ) from error
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

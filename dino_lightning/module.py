@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dino_lightning import resume
@@ -283,6 +284,10 @@ class DINOModule(LightningModule):
     def on_validation_start(self) -> None:
         self.update_teacher()
         self._guard.check(self._trainer)
+
+    def on_validation_end(self) -> None:
+        if self.trainer.validating and not self.trainer.callback_metrics:
+            rank_zero_info("nothing was measured; the callback dino_lightning.callbacks.OnlineKNN computes the k-NN accuracy")
 
     def on_train_end(self) -> None:
         self.update_teacher()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import two_colours, write_images
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer, recipes
@@ -366,6 +367,22 @@ def test_test_command_reports_knn_on_the_test_split(run_dir, capsys):
     assert "test/knn_top1" in capsys.readouterr().out
 
 
+def test_validate_prints_each_number_once(run_dir, capsys, caplog):
+    root = two_colours(run_dir / "labelled")
+    main(["validate", "--config", "small.yaml", "--data.root", str(root), "--trainer.logger", "false"])
+    printed = capsys.readouterr().out
+    for name in ("knn_top1", "knn_top5", "rank_me"):
+        assert len(re.findall(rf"^val/{name} +[\d.]+$", printed, flags=re.MULTILINE)) == 1 == printed.count(f"val/{name}"), printed
+    main(["validate", "--config", "small.yaml", "--data.root", "images", "--trainer.logger", "false"])
+    assert "no labelled train/ and val/" in capsys.readouterr().out
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    data = MultiCropDataModule(root, batch_size=4, num_workers=0, global_crops_size=32, local_crops_size=16)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with caplog.at_level("INFO"):
+        trainer.validate(DINOModule(vit, out_dim=64, hidden_dim=32), data)
+    assert caplog.text.count("dino_lightning.callbacks.OnlineKNN") == 1
+
+
 def test_plain_lightning_cli_works(run_dir, monkeypatch):
     args = ["fit", "--config", "small.yaml", "--data.root", "images", "--trainer.fast_dev_run", "true"]
     cli = LightningCLI(DINOModule, MultiCropDataModule, args=args)
@@ -494,12 +511,14 @@ def test_the_sweep_file_has_options_of_ours(run_dir, capsys):
     ]
 
 
-def test_no_network_at_import_help_and_fit(run_dir):
+def test_no_network_at_import_help_and_fit_and_without_a_key_for_wandb(run_dir):
+    """W&B is imported where it is used, and where nobody can be asked for a key, the error says what to do, before the training."""
     code = """
 import socket, sys
+failure = AssertionError
 def refuse(self, address, *rest):
     if not isinstance(address, str):  # local sockets of worker processes are fine
-        raise AssertionError(f"the network was used: {address}")
+        raise failure(f"the network was used: {address}")
 socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = refuse
 from dino_lightning.cli import main
@@ -509,8 +528,15 @@ except SystemExit:
     pass
 main(["fit", "--config", "small.yaml", "--data.root", "images", "--trainer.max_epochs", "1", "--model.backbone", "vit_tiny",
       "--model.img_size", "32", "--model.patch_size", "8"])
+assert "wandb" not in sys.modules
+failure = OSError  # W&B may try, and find that there is none
+main(["fit", "--config", "small.yaml", "--config", "wandb", "--data.root", "images", "--trainer.default_root_dir", "runs"])
 """
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    assert "--model.out_dim" in done.stdout and Path("lightning_logs/version_0/checkpoints/last.ckpt").exists()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
+                          env={**environment, "HOME": str(run_dir), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert "--model.out_dim" in done.stdout and Path("lightning_logs/version_0/checkpoints/last.ckpt").exists(), done.stderr
+    told = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and told.startswith("RuntimeError: W&B does not begin a run: No API key configured"), done.stderr
+    assert "WANDB_MODE=offline" in told and "wandb login" in told
+    assert not list(Path("runs").rglob("*.ckpt"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import onnxruntime
 import pytest
@@ -159,8 +160,42 @@ def test_the_command_writes_a_folder_with_a_card(small_checkpoint, tmp_path, mon
     assert (tmp_path / "again" / "config.json").is_file(), "what was exported is a source"
 
 
+def run_card(folder) -> dict:
+    """Executes the code of a model card where the exported folder lies, and gives what it defined."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "torchvision"])
+def test_the_code_of_a_card_runs_as_it_stands(form, small_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["export", "--checkpoint", small_checkpoint, "--to", form, "--image_size", "48", "48", "--output", "vit"])
+    card = (tmp_path / "vit" / "README.md").read_text()
+    assert "patches of 8 pixels" in card and "| trained at | 32×32 pixels (global crops) |" in card and "48×48 pixels" in card
+    names = run_card(tmp_path / "vit")
+    images, found = (torch.as_tensor(names[name]) for name in ("images", "features"))
+    assert images.shape == (2, 3, 48, 48)
+    teacher = DINOModule.load_from_checkpoint(small_checkpoint).teacher.backbone
+    torch.testing.assert_close(found, features(teacher, images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_code_of_the_cards_of_cnns_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet18", "squeezenet1_1"):
+        backbone = build(name).eval()
+        for form in ("torchhub", "torchvision", "safetensors"):
+            export(package(backbone, (64, 64)), form, tmp_path / f"{name}_{form}")
+            names = run_card(tmp_path / f"{name}_{form}")
+            if name == "resnet18":
+                torch.testing.assert_close(names["features"], features(backbone, names["images"]), rtol=1e-4, atol=1e-4)
+            else:  # no other library builds it without its classifier: the card gives the tensors
+                assert names["weights"].keys() == backbone.state_dict().keys()
+
+
 @pytest.mark.parametrize("form", ["torchhub", "safetensors"])
-def test_the_head_goes_along_for_continued_training(form, small_checkpoint, tmp_path):
+def test_the_head_goes_along_for_continued_training(form, small_checkpoint, tmp_path, monkeypatch):
     main(["export", "--checkpoint", small_checkpoint, "--to", form, "--with_head", "true", "--output", str(tmp_path / "out")])
     trained = DINOModule.load_from_checkpoint(small_checkpoint)
     source = tmp_path / "out" / "checkpoint.pth" if form == "torchhub" else tmp_path / "out"
@@ -168,6 +203,8 @@ def test_the_head_goes_along_for_continued_training(form, small_checkpoint, tmp_
     module = DINOModule(vit, out_dim=64, hidden_dim=32, weights=str(source), weights_with_head=True)
     assert same_weights(trained.teacher, module.student)
     assert torch.equal(module.loss.center, trained.loss.center)
+    monkeypatch.chdir(tmp_path)
+    assert run_card(tmp_path / "out").keys() & {"checkpoint", "features"}
 
 
 def test_nothing_is_left_of_what_cannot_be_exported(small_checkpoint, tmp_path):

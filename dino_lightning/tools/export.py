@@ -3,14 +3,15 @@
 import copy
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.tools.checkpoint import images_of, is_ours, load_module
+from dino_lightning.module import DINOModule
+from dino_lightning.tools.checkpoint import images_of, is_ours, load_module, training_size
 from dino_lightning.weights.export import export as write
 from dino_lightning.weights.package import Package
 
@@ -51,13 +52,14 @@ def export(
         head=trained.head.state_dict() if with_head else None,
         center=module.loss.center if with_head else None,
     )
-    folder = write(package, to, output, card=_card(checkpoint, package, network))
+    folder = write(package, to, output, card=_card(checkpoint, package, network, module))
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}; README.md says how to load it")
 
 
-def _card(checkpoint: str, package: Package, network: str) -> str:
+def _card(checkpoint: str, package: Package, network: str, module: DINOModule) -> str:
     """Architecture, data, recipe, k-NN, command and version, as far as the run's folder tells them."""
     backbone, ours = package.backbone, is_ours(checkpoint)
+    config = _run_config(checkpoint) if ours else {}
     size = f"{package.size[0]}×{package.size[1]}"
     if isinstance(backbone, VisionTransformer):
         heads = backbone.blocks[0].attn.num_heads
@@ -70,14 +72,30 @@ def _card(checkpoint: str, package: Package, network: str) -> str:
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
         "trained": f"DINO (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
-        **(_history(checkpoint) if ours else {}),
+        **_crops(module, config),
+        **(_history(checkpoint, config) if ours else {}),
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
     return "\n".join(["# A backbone trained with DINO\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 
 
-def _history(checkpoint: str) -> dict[str, str]:
+def _run_config(checkpoint: str) -> dict[str, Any]:
+    """The configuration of the run, kept beside its checkpoints; empty where it is not there."""
+    file = Path(checkpoint).resolve().parent.parent / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+
+def _crops(module: DINOModule, config: dict[str, Any]) -> dict[str, str]:
+    """The size that was trained: the global crops of the run, or where that is not known, the size of a ViT's positions."""
+    size = (config.get("data") or {}).get("global_crops_size")
+    if size is None and not isinstance(module.teacher.backbone, VisionTransformer):
+        return {}
+    height, width = (size, size) if isinstance(size, int) else size or training_size(module)
+    return {"trained at": f"{height}×{width} pixels" + " (global crops)" * (size is not None)}
+
+
+def _history(checkpoint: str, config: dict[str, Any]) -> dict[str, str]:
     saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
     steps = saved["global_step"]
     rows = {"steps": f"{steps}, of {saved['layout']['images_per_step']} images" if "layout" in saved else str(steps)}
@@ -85,10 +103,8 @@ def _history(checkpoint: str) -> dict[str, str]:
         score = callback.get("current_score") if isinstance(callback, dict) and callback.get("monitor") == "val/knn_top1" else None
         if score is not None:
             rows["k-NN top-1"] = f"{100 * float(score):.1f} % on the run's own labelled images, at its last validation"
-    config = Path(checkpoint).resolve().parent.parent / "config.yaml"
-    if config.is_file():
-        options = yaml.safe_load(config.read_text())
-        rows["data"] = str((options.get("data") or {}).get("root"))
-        model = {name: value for name, value in (options.get("model") or {}).items() if value is not None}
+    if config:
+        rows["data"] = str((config.get("data") or {}).get("root"))
+        model = {name: value for name, value in (config.get("model") or {}).items() if value is not None}
         rows["options"] = ", ".join(f"{name} {value}" for name, value in model.items() if name != "backbone")
     return rows

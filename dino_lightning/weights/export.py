@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.weights.graphs import write_onnx, write_torch_export
-from dino_lightning.weights.networks import facts_of
+from dino_lightning.weights.networks import facts_of, network_for, resnet_name
 from dino_lightning.weights.package import Package
 from dino_lightning.weights.timm import write_timm
 from dino_lightning.weights.transformers import write_transformers
@@ -69,14 +69,14 @@ def _write_torchhub(package: Package, folder: Path) -> str:
             weights["mask_token"] = torch.zeros(1, backbone.embed_dim)  # DINOv2's networks have one, for their training
     if package.head is None:
         torch.save(weights, folder / "backbone.pth")
-        return 'weights = torch.load("FOLDER/backbone.pth")\nvision_transformer.load_state_dict(weights)  # the reference\'s'
+        return _usage_of_ours(package, "FOLDER/backbone.pth") or _USAGE_OF_A_STATE_DICT
     network = _with_head(weights, package.head)
     student = {f"module.{name}": value for name, value in network.items()}
     held = {"student": student, "teacher": network, "epoch": 0}
     if package.center is not None:
         held["dino_loss"] = {"center": package.center.cpu()}
     torch.save(held, folder / "checkpoint.pth")
-    return 'checkpoint = torch.load("FOLDER/checkpoint.pth")  # "student", "teacher", "dino_loss", as the reference\'s'
+    return 'import torch\n\ncheckpoint = torch.load("FOLDER/checkpoint.pth")  # "student", "teacher", "dino_loss", as the reference\'s'
 
 
 def _write_safetensors(package: Package, folder: Path) -> str:
@@ -88,7 +88,9 @@ def _write_safetensors(package: Package, folder: Path) -> str:
     facts: Mapping[str, Any] = facts_of(package.backbone) if isinstance(package.backbone, VisionTransformer) else {}
     metadata = {"format": "pt", "dino_lightning": json.dumps(facts)}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", metadata=metadata)
-    return 'from dino_lightning import load_backbone\n\nbackbone = load_backbone("FOLDER")'
+    return _usage_of_ours(package, "FOLDER") or (
+        'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/model.safetensors")  # for a network like the one trained'
+    )
 
 
 def _with_head(backbone: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,12 +102,35 @@ def _write_torchvision(package: Package, folder: Path) -> str:
     if not name.startswith("torchvision."):
         raise ValueError(f"torchvision has no {type(package.backbone).__name__}; choose one of the other forms")
     torch.save(package.backbone.state_dict(), folder / "backbone.pth")
-    builder = name.rpartition(".")[2]
-    return (
-        f"model = torchvision.models.{builder}...()  # the same size\nmodel.fc = torch.nn.Identity()\n"
-        'model.load_state_dict(torch.load("FOLDER/backbone.pth"))'
-    )
+    resnet = resnet_name(package.backbone)
+    if resnet is None or package.in_chans != 3:  # torchvision builds it with a classifier, or for three channels
+        return _USAGE_OF_A_STATE_DICT
+    return f'''import torch
+import torchvision
 
+model = torchvision.models.{resnet}()
+model.fc = torch.nn.Identity()
+model.load_state_dict(torch.load("FOLDER/backbone.pth"))
+images = torch.rand({package.batch})  # yours, normalised as said above
+features = model.eval()(images)'''
+
+
+def _usage_of_ours(package: Package, source: str) -> str | None:
+    """By ``load_backbone``, if it can tell such a network by its weights."""
+    options = ""
+    if isinstance(package.backbone, VisionTransformer):
+        options = f", num_heads={package.backbone.blocks[0].attn.num_heads}"
+    elif resnet_name(package.backbone) is None:
+        return None
+    return f'''import torch
+from dino_lightning import load_backbone
+
+backbone = load_backbone("{source}"{options})
+images = torch.rand({package.batch})  # yours, normalised as said above
+features = backbone(images)'''
+
+
+_USAGE_OF_A_STATE_DICT = 'import torch\n\nweights = torch.load("FOLDER/backbone.pth")  # for a network like the one trained'
 
 FORMS: dict[str, Callable[[Package, Path], str]] = {
     "torchhub": _write_torchhub,

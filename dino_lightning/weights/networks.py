@@ -73,6 +73,14 @@ def network_for(
     )
 
 
+def resnet_name(backbone: nn.Module) -> str | None:
+    """By what name torchvision and timm build it; None if it is no plain ResNet of torchvision."""
+    if type(backbone).__module__ != "torchvision.models.resnet" or backbone.base_width != 64 or backbone.groups != 1:
+        return None
+    blocks = tuple(len(getattr(backbone, f"layer{i}")) for i in range(1, 5))
+    return _RESNETS.get((blocks, hasattr(backbone.layer1[0], "conv3")))
+
+
 def vit_arguments(
     weights: Mapping[str, Tensor], facts: Mapping[str, Any], wanted_size: int | Sequence[int] | None
 ) -> dict[str, Any]:

@@ -17,3 +17,8 @@ class Package(NamedTuple):
     std: tuple[float, ...]
     head: dict[str, Tensor] | None = None
     center: Tensor | None = None
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The shape of two such images."""
+        return 2, self.in_chans, *self.size

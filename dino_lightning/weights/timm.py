@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.weights.networks import ratio
+from dino_lightning.weights.networks import ratio, resnet_name
 from dino_lightning.weights.package import Package
 
 
@@ -23,8 +23,8 @@ def write_timm(package: Package, folder: Path) -> str:
     if isinstance(backbone, VisionTransformer):
         architecture, arguments, weights = _vit(backbone)
         first, classifier = "patch_embed.proj", "head"
-    elif type(backbone).__module__ == "torchvision.models.resnet":
-        architecture, arguments, weights = _resnet(backbone), {}, dict(backbone.state_dict())
+    elif (resnet := resnet_name(backbone)) is not None:
+        architecture, arguments, weights = resnet, {}, dict(backbone.state_dict())
         first, classifier = "conv1", "fc"
     else:
         raise ValueError(f"no timm model is known for {type(backbone).__name__}; choose one of the other forms")
@@ -48,7 +48,12 @@ def write_timm(package: Package, folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: value.contiguous() for name, value in weights.items() if not name.endswith("num_batches_tracked")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return 'model = timm.create_model("local-dir:FOLDER", pretrained=True)'
+    return f'''import timm
+import torch
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+images = torch.rand({package.batch})  # yours, normalised as said above
+features = model(images)'''
 
 
 def _vit(vit: VisionTransformer) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -78,12 +83,3 @@ def _vit(vit: VisionTransformer) -> tuple[str, dict[str, Any], dict[str, Tensor]
             for kind in ("weight", "bias"):
                 weights[f"blocks.{i}.mlp.{theirs}.{kind}"] = weights.pop(f"blocks.{i}.mlp.{ours}.{kind}")
     return "vit_giant_patch14_dinov2" if swiglu else "vit_small_patch16_224", arguments, weights
-
-
-def _resnet(resnet: Any) -> str:
-    blocks = tuple(len(getattr(resnet, f"layer{i}")) for i in range(1, 5))
-    bottleneck = hasattr(resnet.layer1[0], "conv3")
-    depth = (3 if bottleneck else 2) * sum(blocks) + 2
-    if resnet.base_width != 64 or resnet.groups != 1:
-        raise ValueError("only plain ResNets can go to timm; choose one of the other forms")
-    return f"resnet{depth}"

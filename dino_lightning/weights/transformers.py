@@ -75,7 +75,12 @@ def write_transformers(package: Package, folder: Path) -> str:
         size={"height": height, "width": width}, resample=3, image_mean=list(package.mean), image_std=list(package.std)
     ).save_pretrained(folder)
     pooler = ", add_pooling_layer=False" if config.architectures == ["ViTModel"] else ""
-    return f'model = transformers.{config.architectures[0]}.from_pretrained("FOLDER"{pooler})\nfeatures = model(images).last_hidden_state[:, 0]'
+    return f'''import torch
+import transformers
+
+model = transformers.{config.architectures[0]}.from_pretrained("FOLDER"{pooler})
+images = torch.rand({package.batch})  # yours, normalised as said above
+features = model(images).last_hidden_state[:, 0]'''
 
 
 def _dinov2(vit: VisionTransformer, shape: dict[str, Any], transformers: Any) -> tuple[Any, dict[str, Tensor]]:
