@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dino_lightning import evaluation, optim, schedules
     from dino_lightning.backbones import VisionTransformer
+    from dino_lightning.cli import train
     from dino_lightning.datamodule import MultiCropDataModule
     from dino_lightning.head import DINOHead
     from dino_lightning.loss import DINOLoss
@@ -22,6 +23,7 @@ __all__ = [
     "load_backbone",
     "optim",
     "schedules",
+    "train",
 ]
 
 __version__ = "0.1.0"
@@ -34,6 +36,7 @@ _HOME = {
     "MultiCropDataModule": "datamodule",
     "VisionTransformer": "backbones",
     "load_backbone": "weights",
+    "train": "cli",
 }
 
 

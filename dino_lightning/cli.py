@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
@@ -223,17 +224,26 @@ def run(call: Call) -> None:
     Raises:
         UsageError: if Lightning's parser does not take the arguments.
     """
-    log = logging.getLogger("dino_lightning")
-    log.setLevel(logging.INFO)  # what a load of weights matched, where a run goes on
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
+    _show_log()
     if call.tool:
         TOOLS[call.tool](*call.args, **call.options)
-        return
+    else:
+        _lightning(call.args)
+
+
+def _show_log() -> None:
+    """What a load of weights matched, where a run goes on."""
+    log = logging.getLogger("dino_lightning")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+
+
+def _lightning(args: Sequence[str]) -> DINOCLI:
     try:
-        DINOCLI(call.args)
+        return DINOCLI(args)
     except argparse.ArgumentError as error:
-        raise UsageError(brief(str(error), call.args[0])) from error
+        raise UsageError(brief(str(error), args[0])) from error
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -241,3 +251,30 @@ def main(args: Sequence[str] | None = None) -> None:
     call = enter(sys.argv[1:] if args is None else list(args))
     if call:
         run(call)
+
+
+def train(
+    root: str | os.PathLike[str],
+    output: str | os.PathLike[str] = "runs",
+    recipe: str | None = None,
+    options: Sequence[str] = (),
+) -> DINOModule:
+    """Trains as ``dino-lightning fit`` does, for people who want no Trainer: ``dino_lightning.train("photos", output="run")``.
+
+    Args:
+        root: folder of images, flat or nested, with or without class folders, train/ and val/.
+        output: folder below which the run has its own, ``lightning_logs/version_N``.
+        recipe: a name or a file; by default ``small_images`` with a GPU, ``cpu`` without.
+        options: further ones as on the command line: ``["--trainer.max_epochs=20"]``, ``["--ckpt_path=last"]`` to go on.
+
+    Returns:
+        The trained module in evaluation mode: called with images (B, C, H, W) it gives the teacher's features (B, D).
+
+    Raises:
+        ValueError, FileNotFoundError: as the command would say.
+    """
+    recipe = recipe or ("small_images" if torch.cuda.is_available() else "cpu")
+    chosen = ["--config", recipe, "--data.root", str(root), "--trainer.default_root_dir", str(output), *options]
+    call = enter(["fit", *chosen])
+    _show_log()
+    return _lightning(call.args).model.eval()

@@ -18,6 +18,7 @@ from conftest import two_colours, write_images
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 
+import dino_lightning
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer, recipes
 from dino_lightning.backbones import build
 from dino_lightning.cli import DINOCLI, main
@@ -218,6 +219,14 @@ def test_default_warm_ups_fit_and_given_ones_are_refused_before_there_is_a_folde
         with caplog.at_level("INFO"):
             fit("--trainer.log_every_n_steps", "1", *options)
         assert "warmup_epochs: the default of 10 is longer than the run; a tenth of it, 1 steps" in caplog.text
+
+
+def test_training_in_three_lines(run_dir):
+    module = dino_lightning.train("images", output="runs", recipe="small.yaml", options=["--trainer.max_epochs=1", "--checkpoint_every=0.0001"])
+    assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 24) and not module.training
+    assert [path.name for path in Path("runs/lightning_logs/version_0/checkpoints").iterdir()] == ["last.ckpt"]
+    with pytest.raises(ValueError, match="trainer.max_epoch.*did you mean.*trainer.max_epochs"):
+        dino_lightning.train("images", recipe="small.yaml", options=["--trainer.max_epoch=1"])
 
 
 def test_checkpoints_know_their_images(run_dir, capsys):

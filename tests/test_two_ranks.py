@@ -39,11 +39,41 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder, one):
     """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
-    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "synced", "sick"]
+    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "saving", "synced", "sick"]
     done = run_on_two(folder, *scenarios)
     assert done.returncode == 0, done.stderr
     results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
     return results, done.stderr
+
+
+def test_two_ranks_save_by_the_clock_behind_the_same_step(folder, two):
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 20, "agreed on every tenth step, and known ten steps later"
+
+
+@pytest.mark.slow
+def test_rank_0_decides_from_where_a_run_goes_on(tmp_path):
+    """Started from outside, as under SLURM; each has found another checkpoint, in the same folder or of another run."""
+    script = """
+import sys
+from lightning.pytorch import Trainer
+from dino_lightning.continuation import agree
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)
+print(agree(sys.argv[1], trainer))
+"""
+    outside = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "dino", "SLURM_NODEID": "0",
+               "SLURM_STEP_NODELIST": "127.0.0.1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    for port, paths, message in (("29571", ("a/1.ckpt", "a/2.ckpt"), ""), ("29572", ("a/1.ckpt", "b/1.ckpt"), "rank 0 resumes a/1.ckpt")):
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+                env={**os.environ, **outside, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port},
+            )
+            for rank, path in zip("01", paths)
+        ]  # fmt: skip
+        (said, _), (other, error) = (process.communicate(timeout=120) for process in ranks)
+        assert said.endswith("a/1.ckpt\n")
+        assert message in error if message else other.endswith("a/1.ckpt\n")
 
 
 @pytest.mark.parametrize("scenario", ["fit", "accumulate", "uneven", "resume"])

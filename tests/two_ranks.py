@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.callbacks import CollapseDoctor, OnlineKNN, OnlineProbe
+from dino_lightning.callbacks import CollapseDoctor, OnlineKNN, OnlineProbe, SaveEvery
 
 
 class PoisonLastRank(Callback):
@@ -125,6 +125,7 @@ SCENARIOS = {
     "resume": {"ckpt_path": "step=3.ckpt"},
     "probe": {"callbacks": [OnlineProbe()]},
     "cnn": {"backbone": "resnet18"},
+    "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 6},
     "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
     "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
     "nan": {"callbacks": [PoisonLastRank()]},

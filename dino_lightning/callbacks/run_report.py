@@ -107,10 +107,10 @@ def _table(**lines: str) -> None:
 
 
 def _images(trainer: Trainer) -> str:
-    data = trainer.datamodule
-    count = getattr(getattr(trainer.train_dataloader, "dataset", None), "__len__", lambda: "?")()
+    data, dataset = trainer.datamodule, getattr(trainer.train_dataloader, "dataset", None)
+    count = f"{len(dataset)}" if hasattr(dataset, "__len__") else "of a loader that does not tell how many"
     if not isinstance(data, MultiCropDataModule):
-        return f"{count}"
+        return count
     classes = f" in {len(data.classes)} classes ({_some(data.classes)})" if data.classes else ", no classes"
     queries = ", ".join(folder.name for folder in data.query_folders)
     monitored = f"; {queries} asked for the k-NN accuracy" if queries and data.classes else ""

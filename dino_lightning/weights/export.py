@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.weights.graphs import write_onnx, write_torch_export
-from dino_lightning.weights.networks import facts_of, network_for, resnet_name
+from dino_lightning.weights.networks import facts_of, resnet_name
 from dino_lightning.weights.package import Package
 from dino_lightning.weights.timm import write_timm
 from dino_lightning.weights.transformers import write_transformers
