@@ -129,6 +129,9 @@ class DINOCLI(LightningCLI):
             where = getattr(logger, "init_args", {})
             if "save_dir" in where:
                 where["save_dir"] = root if root and where["save_dir"] in (None, ".") else _real(where["save_dir"])
+        keep = self._options.checkpoint
+        if keep.filename == "last" and (keep.monitor or keep.save_top_k not in (0, 1)):  # several: each by its name, and the newest
+            keep.filename, keep.save_last = None, True
         if self._run is not None and options.logger is not False:
             wandb_id = self._saved["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
             continuation.continue_loggers(options, self._run, self._saved, wandb_id)

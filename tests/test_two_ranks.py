@@ -48,7 +48,7 @@ def two(folder, one):
 
 def test_two_ranks_save_by_the_clock_behind_the_same_step(folder, two):
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert saved["global_step"] == 20, "agreed on every tenth step, and known ten steps later"
+    assert saved["global_step"] == 30, "asked every tenth step that does not end an epoch, and known the next time"
 
 
 @pytest.mark.slow
@@ -86,7 +86,8 @@ def test_two_ranks_equal_one_process_of_the_whole_batch(one, two, scenario):
     for key, value in expected["state"].items():
         assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key]), key
         if not key.endswith("qkv.bias"):  # the bias of the keys has no gradient but rounding noise
-            torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-4, atol=2e-6, msg=lambda m: f"{key}: {m}")
+            # A step moves a weight by 1e-3; rounding, of which AdamW makes more, differs between processors.
+            torch.testing.assert_close(ranks[0]["state"][key], value, rtol=1e-4, atol=1e-5, msg=lambda m: f"{key}: {m}")
     assert_same_metrics(expected, ranks, {"val/knn_top1", "val/knn_top5"})
 
 

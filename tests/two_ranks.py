@@ -125,7 +125,7 @@ SCENARIOS = {
     "resume": {"ckpt_path": "step=3.ckpt"},
     "probe": {"callbacks": [OnlineProbe()]},
     "cnn": {"backbone": "resnet18"},
-    "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 6},
+    "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 8},
     "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
     "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
     "nan": {"callbacks": [PoisonLastRank()]},
