@@ -26,12 +26,12 @@ def check(command: str, args: Sequence[str]) -> None:
             raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
     if args and not args[0].startswith("-"):
         raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean --data.root {args[0]}?")
-    _check_values(command, given)
     images: dict[str, Any] = {}
     for name, value in given:
         images.update(_in_config(command, value) if name == "--config" and value else {name[2:]: value})
     if not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
         _check_images(command, images)
+    _check_values(command, given)
 
 
 def _check_values(command: str, given: Sequence[tuple[str, str | None]]) -> None:
