@@ -1,11 +1,18 @@
 """What is refused before the first step, each with the remedy."""
 
 import logging
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,27 +26,43 @@ _HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for an option outside its range, naming it, its value and the range."""
-    for name in ("teacher_temp", "warmup_teacher_temp", "student_temp"):
-        if options[name] <= 0:
-            raise ValueError(f"{name} must be positive, got {options[name]}")
-    for name in ("momentum_teacher", "center_momentum"):
-        if not 0 <= options[name] <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {options[name]}")
-    for name in (
-        "lr",
-        "min_lr",
-        "warmup_epochs",
-        "warmup_teacher_temp_epochs",
-        "weight_decay",
-        "weight_decay_end",
-        "clip_grad",
-        "freeze_last_layer",
-    ):
-        if options[name] < 0:
-            raise ValueError(f"{name} must not be negative, got {options[name]}")
-    if options["optimizer"] not in ("adamw", "sgd", "lars"):
-        raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {options['optimizer']!r}")
+    """Raises ValueError for an option of another type or outside its range, naming it, its value and what would be right."""
+    for names, fits, wanted in _WANTED:
+        for name in names:
+            if not fits(options[name]):
+                raise ValueError(f"{name} must {wanted}, got {options[name]!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_size(value: Any) -> bool:
+    sides = tuple(value) if isinstance(value, list | tuple) else (value, value)
+    return len(sides) == 2 and all(_is_integer(side) and side > 0 for side in sides)
+
+
+_AT_LEAST_ONE = ("patch_size", "in_chans", "out_dim", "hidden_dim", "bottleneck_dim", "head_layers")
+_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
+_NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad")
+_POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp")
+_SHARES = ("momentum_teacher", "center_momentum")
+_WANTED = (  # NaN fits none of the ranges
+    ((*_AT_LEAST_ONE, *_EPOCHS), _is_integer, "be an integer"),
+    ((*_NOT_NEGATIVE, *_POSITIVE, *_SHARES, "drop_path_rate"), _is_number, "be a number"),
+    (("use_bn_in_head", "norm_last_layer"), lambda value: isinstance(value, bool), "be true or false"),
+    (("img_size",), _is_size, "be pixels, an integer or (height, width)"),
+    (("optimizer",), lambda value: value in ("adamw", "sgd", "lars"), "be 'adamw', 'sgd' or 'lars'"),
+    (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
+    ((*_EPOCHS, *_NOT_NEGATIVE), lambda value: value >= 0, "not be negative"),
+    (_POSITIVE, lambda value: value > 0, "be positive"),
+    (_SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    (("drop_path_rate",), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+)
 
 
 def check_trainer(trainer: Trainer, clip_grad: float) -> None:
@@ -54,11 +77,41 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
             f"{type(trainer.strategy).__name__} shards the weights, which the moving average of the teacher does not "
             "support; use strategy='ddp'"
         )
+    for callback in trainer.callbacks:
+        reason = _refused(callback)
+        if reason is not None:
+            raise ValueError(f"{type(callback).__name__} {reason}")
     if clip_grad > 0 and trainer.gradient_clip_val:
         raise ValueError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips the norm of all gradients together, "
             f"clip_grad={clip_grad} that of each tensor, as DINO does; set one of them to 0"
         )
+
+
+def _refused(callback: Callback) -> str | None:
+    """Why a callback of Lightning's would not do here what it says, and what does; None if it does."""
+    if isinstance(callback, LearningRateFinder):
+        return (
+            "(Tuner.lr_find) cannot find a learning rate here: the plan sets the rate at every step, and where the loss of DINO falls "
+            "fastest it collapses. Try several lr and compare the k-NN accuracy, as configs/sweeps/knn.yaml does, with a new Trainer "
+            "that is without it"
+        )
+    if isinstance(callback, StochasticWeightAveraging):
+        return (
+            "does not apply: the plan sets the learning rate at every step, not its swa_lrs, and the teacher already is the average "
+            "of the weights, which is what is evaluated and exported. Leave it out; momentum_teacher says how far it averages"
+        )
+    if isinstance(callback, GradientAccumulationScheduler) and len(set(callback.scheduling.values())) > 1:
+        return (
+            f"with scheduling={callback.scheduling} changes the steps of an epoch and the images of a step during the run, for which "
+            "the schedules and the learning rate are planned. Set Trainer(accumulate_grad_batches=...), one number for the run"
+        )
+    return None
+
+
+def finds_batch_size(trainer: Trainer) -> bool:
+    """Whether the run begins with the trials of Lightning's BatchSizeFinder (Tuner.scale_batch_size), which have no callbacks."""
+    return any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)
 
 
 def check_saving(trainer: Trainer) -> None:

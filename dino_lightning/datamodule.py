@@ -20,7 +20,7 @@ from dino_lightning.datasets.views import EvaluationViews, PredictionViews, Trai
 from dino_lightning.multicrop import MultiCrop
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.randomness import generator
-from dino_lightning.sampler import EpochSampler, training_position
+from dino_lightning.sampler import training_sampler
 from dino_lightning.workers import follow_the_parent
 
 log = logging.getLogger(__name__)
@@ -150,20 +150,16 @@ class MultiCropDataModule(LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
+        most = len(self._train_source) // self._world_size
+        if self.batch_size > most:  # setup refuses that, but Lightning's BatchSizeFinder doubles the batch after it
+            log.warning("batch_size=%d is more than the %d images per device; it is set to that", self.batch_size, most)
+            self.batch_size = most
         return self._loader(
             TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed),
             drop_last=True,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate_views,
-            sampler=EpochSampler(
-                self._train_source,
-                self.batch_size,
-                self._world_size,
-                trainer.global_rank if trainer else 0,
-                self.seed,
-                position=(lambda: training_position(trainer)) if trainer else None,
-            ),
+            sampler=training_sampler(self._train_source, self.batch_size, self.seed, self.trainer),
         )
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -197,10 +193,14 @@ class MultiCropDataModule(LightningDataModule):
         if isinstance(batch, Unpainted):
             if self.trainer is not None:
                 self._unreadable.note(self.trainer, batch)
-            return self.paint(batch), batch.labels
+            return self._in_precision(self.paint(batch)), batch.labels
         if isinstance(batch, list | tuple) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
-            return normalize(batch[0], self.mean, self.std), *batch[1:]
+            return self._in_precision(normalize(batch[0], self.mean, self.std)), *batch[1:]
         return batch
+
+    def _in_precision(self, images: Any) -> Any:
+        """What was painted here, in the type that Trainer(precision="64-true") gives to what loaders yield; else as it is."""
+        return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
 
     def paint(self, batch: Unpainted) -> list[Tensor]:
         """The views of a batch, painted and normalised on the device they are on: V tensors (B, C, H, W)."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lightning.datasets.views import CropViews, EvaluationViews
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
-from dino_lightning.sampler import EpochSampler, training_position
+from dino_lightning.sampler import training_sampler
 
 
 class LabelledDataModule(LightningDataModule):
@@ -51,15 +51,7 @@ class LabelledDataModule(LightningDataModule):
         self._queries = EvaluationViews(queries, size, in_chans)
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        sampler = EpochSampler(
-            self._train,
-            self.batch_size,
-            trainer.world_size if trainer else 1,
-            trainer.global_rank if trainer else 0,
-            self.seed,
-            position=(lambda: training_position(trainer)) if trainer else None,
-        )
+        sampler = training_sampler(self._train, self.batch_size, self.seed, self.trainer)
         return self._loader(self._train, sampler=sampler, persistent_workers=self.num_workers > 0)
 
     def val_dataloader(self) -> DataLoader:

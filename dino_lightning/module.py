@@ -7,18 +7,27 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from dino_lightning import resume
-from dino_lightning.backbones import VisionTransformer, build, example_images, feature_dim, freeze_unused
+from dino_lightning.backbones import (
+    VisionTransformer,
+    build,
+    example_images,
+    feature_dim,
+    freeze_unused,
+    warn_of_classifier,
+)
 from dino_lightning.checks import (
     check_options,
     check_saving,
     check_trainer,
     check_views,
+    finds_batch_size,
     warn_of_local_batch_norms,
 )
 from dino_lightning.checkpoint_io import AtomicCheckpointIO
@@ -125,6 +134,7 @@ class DINOModule(LightningModule):
             given = _by_name(given, patch_size, img_size, in_chans, drop_path_rate)
         example = example_images(given, img_size, in_chans)
         freeze_unused(given, example)
+        warn_of_classifier(given, example)
         head = DINOHead(
             feature_dim(given, example),
             out_dim,
@@ -142,6 +152,7 @@ class DINOModule(LightningModule):
 
         self.images: dict[str, Any] = {}  # of the global crops: size (H, W), mean, std, as far as known; kept in checkpoints
         self._plan: Plan | None = None  # known with the first batch of a run
+        self._finds_batch_size = False  # whether a BatchSizeFinder tries sizes before the run
         self._seed: int | None = None  # of the student's drop path
         self._layout: dict[str, int] | None = None  # of the run that is resumed
         self._updated_step: int | None = None  # the global step up to which the teacher has followed; None outside a run
@@ -163,6 +174,11 @@ class DINOModule(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss, and for callbacks the teacher's entropy and the KL divergence, detached, in nats."""
+        if self._plan is None:
+            raise RuntimeError(
+                "DINOModule trains in a Trainer, which tells it the length of the run: Trainer(...).fit(module, loader). "
+                "In a loop of your own use its parts: DINOLoss, DINOHead, VisionTransformer and dino_lightning.schedules"
+            )
         self.update_teacher()  # already done, unless a subclass overrides on_train_batch_end
         views = split_views(batch)
         teacher_temp = self._plan.teacher_temp_at(self.global_step)
@@ -249,9 +265,16 @@ class DINOModule(LightningModule):
             self.options["optimizer"], self.student, weight_decay=self.options["weight_decay"], fused=fused
         )
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Adds none; but it is the first hook of a run, and what is refused here leaves nothing behind, not even a logger's folder."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_trainer(self.trainer, self.options["clip_grad"])
+        return []
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
+            self._finds_batch_size = finds_batch_size(self.trainer)
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
                 if self.trainer.is_global_zero:
@@ -260,8 +283,10 @@ class DINOModule(LightningModule):
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def on_train_start(self) -> None:
-        check_length(self.trainer, self.options)
-        check_saving(self.trainer)
+        self.trainer.accumulate_grad_batches = resume.accumulated_batches(self.trainer)
+        if self.trainer.callbacks or not self._finds_batch_size:  # no trial of a batch size, which is a few steps and saves nothing
+            check_length(self.trainer, self.options)
+            check_saving(self.trainer)
         warn_of_local_batch_norms(self.trainer, self.student)
         # Whatever mode they came in: a student in evaluation mode would have no drop path, a loss in it no centre.
         self.student.train()

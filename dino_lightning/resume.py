@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from dino_lightning.checkpoint_io import sweep
 from dino_lightning.plan import Plan
@@ -20,6 +21,12 @@ def layout(trainer: Trainer, plan: Plan) -> dict[str, int]:
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "world_size": trainer.world_size,
     }
+
+
+def accumulated_batches(trainer: Trainer) -> int:
+    """Batches of a step. A GradientAccumulationScheduler tells the Trainer when an epoch begins: too late for a run that goes on in one."""
+    schedulers = [callback for callback in trainer.callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    return schedulers[0].get_accumulate_grad_batches(0) if schedulers else trainer.accumulate_grad_batches
 
 
 def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
@@ -41,9 +48,10 @@ def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     if not batches["is_last_batch"] and batches["current"]["processed"] and epochs["processed"] == epochs["ready"]:
         epochs["processed"] -= 1
         epochs["completed"] = min(epochs["completed"], epochs["processed"])
-    before = checkpoint.get("layout", {}).get("accumulate_grad_batches", trainer.accumulate_grad_batches)
+    now = accumulated_batches(trainer)
+    before = checkpoint.get("layout", {}).get("accumulate_grad_batches", now)
     processed = batches["current"]["processed"]
-    further = processed * trainer.accumulate_grad_batches // before - processed
+    further = processed * now // before - processed
     for name in batches["current"]:  # "completed" is one behind in a checkpoint of a step
         batches["current"][name] += further
 

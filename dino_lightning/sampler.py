@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sized
 
+import numpy as np
 from lightning.pytorch import Trainer
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, SequentialSampler
 
 from dino_lightning.randomness import generator
 
@@ -39,9 +40,31 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, batches = self.position() if self.position else (self.epoch, 0)
-        order = generator(self.seed, epoch).permutation(len(self.dataset))
-        mine = order[self.rank : self.total_size : self.num_replicas]
+        mine = self._order(epoch)[self.rank : self.total_size : self.num_replicas]
         return ((epoch, int(index)) for index in mine[batches * self.batch_size :])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return generator(self.seed, epoch).permutation(len(self.dataset))
+
+
+class OrderedSampler(EpochSampler, SequentialSampler):
+    """The same images in the same order in every epoch, as (epoch, index): their crops are others all the same.
+
+    A SequentialSampler too, since a run with ``overfit_batches`` replaces any other by one that does not tell the epoch.
+    """
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.arange(len(self.dataset))
+
+
+def training_sampler(dataset: Sized, batch_size: int, seed: int, trainer: Trainer | None) -> EpochSampler:
+    """The order of a fit of this ``trainer``; without one, that of a single process whose epoch ``set_epoch`` tells."""
+    if trainer is None:
+        return EpochSampler(dataset, batch_size, seed=seed)
+    kind = OrderedSampler if trainer.overfit_batches else EpochSampler
+    return kind(
+        dataset, batch_size, trainer.world_size, trainer.global_rank, seed, position=lambda: training_position(trainer)
+    )
 
 
 def training_position(trainer: Trainer) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from conftest import write_images
 from lightning.pytorch import Trainer
 
 from dino_lightning import DINOModule
+from dino_lightning.cli import main
 from dino_lightning.tools.checkpoint import load_module
 
 
@@ -33,6 +35,14 @@ def test_a_whole_checkpoint_loads_and_others_are_refused_by_name(checkpoint):
     refuses(ValueError, "bad.ckpt is no checkpoint, or not a whole one")
     bad.write_bytes(checkpoint.read_bytes()[:5000])
     refuses(ValueError, "bad.ckpt is no checkpoint, or not a whole one")
+    photo = write_images(checkpoint.parent, 1) / "0000.jpg"
+    bad.write_bytes(photo.read_bytes())
+    refuses(ValueError, "^.*bad.ckpt is no checkpoint.*: it begins like a JPEG image; expected a checkpoint of dino-lightning fit$")
+    with pytest.raises(ValueError, match="it begins like a JPEG image; expected a checkpoint or weights") as refusal:
+        main(["knn", "--checkpoint", str(photo), "--root", str(checkpoint.parent)])
+    assert refusal.value.__suppress_context__, "torch's advice, to load it unsafely, is not shown either"
+    torch.save({"model": torch.nn.Linear(2, 2)}, bad)
+    refuses(ValueError, "^.*bad.ckpt is no checkpoint.*: it holds torch.nn.modules.linear.Linear, which may be code; expected [^\\n]*$")
     torch.save({"model": {}, "epoch": 3}, bad)
     refuses(ValueError, "bad.ckpt holds no DINOModule, but model, epoch; expected a checkpoint of dino-lightning fit")
     torch.save({**saved, "state_dict": {f"other.{name}": value for name, value in saved["state_dict"].items()}}, bad)

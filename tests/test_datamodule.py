@@ -7,10 +7,13 @@ import pytest
 import torch
 from conftest import write_images
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder
+from lightning.pytorch.tuner import Tuner
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dino_lightning import MultiCropDataModule
+from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
+from dino_lightning.datasets import ImageFolder
 from dino_lightning.sampler import EpochSampler
 
 SMALL = dict(global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size=4, num_workers=0)
@@ -63,6 +66,17 @@ def test_two_workers_give_the_same_batches_as_none(image_folder):
         assert all(torch.equal(view, other) for view, other in zip(views, others))
     first, second = one.batches[0][0][0], one.batches[6][0][0]
     assert not torch.equal(first, second), "epochs differ"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_overfitting_a_batch_sees_other_crops_of_the_same_images(image_folder, num_workers, caplog):
+    source = ImageFolder(image_folder)
+    numbered = [(source[i][0], i) for i in range(len(source))]
+    data = MultiCropDataModule(dataset=numbered, **{**SMALL, "num_workers": num_workers})
+    module, _ = fit(data, max_epochs=2, overfit_batches=2)
+    assert [labels.tolist() for _, labels in module.batches] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
+    for first, second in zip(module.batches[:2], module.batches[2:]):
+        assert not any(torch.equal(one, other) for one, other in zip(first[0], second[0]))
 
 
 def test_a_global_view_only(image_folder):
@@ -227,6 +241,47 @@ def test_nothing_but_unreadable_images(image_folder):
         path.write_text("not an image")
     with pytest.raises(RuntimeError, match="10 images in a row could not be read"):
         fit(MultiCropDataModule(image_folder, **SMALL))
+
+
+def test_the_batch_size_that_the_finder_finds_is_trained_with(image_folder, tmp_path):
+    def start(batch_size, **options):
+        torch.manual_seed(0)
+        backbone = VisionTransformer(32, 8, embed_dim=24, depth=1, num_heads=2)
+        module = DINOModule(backbone, out_dim=64, hidden_dim=32, lr=0.1, warmup_epochs=1)
+        quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, **quiet, **options)
+        return module, MultiCropDataModule(image_folder, **{**SMALL, "batch_size": batch_size}), trainer
+
+    module, data, trainer = start(4)
+    assert Tuner(trainer).scale_batch_size(module, datamodule=data, init_val=16) == data.batch_size == 24, "all images there are"
+    trainer.fit(module, data)
+    assert module.global_step == 2 and module._plan.images_per_step == 24 and module._plan.lr == 0.1 * 24 / 256
+
+    module, data, trainer = start(4, callbacks=[BatchSizeFinder(max_trials=3)])
+    trainer.fit(module, data)
+    whole, data, trainer = start(8)
+    trainer.fit(whole, data)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in whole.state_dict().items()), "with 2 · 2 · 2"
+    assert not list(tmp_path.glob(".scale_batch_size*"))
+    module, data, trainer = start(4, callbacks=[BatchSizeFinder(max_trials=2)])
+    module.options["warmup_epochs"] = 3
+    with pytest.raises(ValueError, match="warmup_epochs=3"):
+        trainer.fit(module, data)
+
+
+@pytest.mark.parametrize("precision, dtype", [("64-true", torch.float64), ("bf16-mixed", torch.float32)])
+def test_painted_views_have_the_precision_of_the_run(image_folder, precision, dtype, tmp_path):
+    write_images(tmp_path / "val/a", 4, first=30)
+    for name in "ab":
+        write_images(tmp_path / "train" / name, 4, first=10 * ord(name))
+    module, _ = fit(MultiCropDataModule(tmp_path, **SMALL), precision=precision)
+    assert {view.dtype for views, _ in module.batches for view in views} == {dtype}
+    assert module.validated and {images.dtype for _, images, _ in module.validated} == {dtype}
+    backbone = VisionTransformer(32, 8, embed_dim=24, depth=1, num_heads=2)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, precision=precision, **quiet)
+    trainer.fit(DINOModule(backbone, out_dim=64, hidden_dim=32, warmup_epochs=0), MultiCropDataModule(image_folder, **SMALL))
+    assert trainer.global_step == 6
 
 
 def test_errors_before_training(tmp_path, image_folder):

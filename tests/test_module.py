@@ -7,9 +7,16 @@ import pickle
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision, TorchSyncBatchNorm
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -450,6 +457,19 @@ def test_a_module_for_one_size_only():
         (dict(lr=-1.0), "lr must not be negative"),
         (dict(optimizer="adam"), "'adam'"),
         (dict(out_dim=0), "out_dim must be at least 1"),
+        (dict(lr="fast"), "lr must be a number, got 'fast'"),
+        (dict(lr=float("nan")), "lr must not be negative, got nan"),
+        (dict(lr=True), "lr must be a number, got True"),
+        (dict(momentum_teacher=None), "momentum_teacher must be a number, got None"),
+        (dict(out_dim=2.5), "out_dim must be an integer, got 2.5"),
+        (dict(hidden_dim=-1), "hidden_dim must be at least 1, got -1"),
+        (dict(bottleneck_dim="16"), "bottleneck_dim must be an integer, got '16'"),
+        (dict(head_layers=0), "head_layers must be at least 1, got 0"),
+        (dict(patch_size=0), "patch_size must be at least 1, got 0"),
+        (dict(img_size=(32,)), r"img_size must be pixels, an integer or .height, width., got .32,"),
+        (dict(drop_path_rate=1), r"drop_path_rate must lie in \[0, 1\), got 1"),
+        (dict(warmup_epochs=1.5), "warmup_epochs must be an integer, got 1.5"),
+        (dict(use_bn_in_head="yes"), "use_bn_in_head must be true or false, got 'yes'"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -469,6 +489,30 @@ def test_two_kinds_of_clipping():
     with pytest.raises(ValueError, match="gradient_clip_val=1.0.*clip_grad=3.0"):
         fit(build_module(), gradient_clip_val=1.0)
     fit(build_module(clip_grad=0.0), gradient_clip_val=1.0)
+
+
+@pytest.mark.parametrize(
+    "callback, message",
+    [
+        (LearningRateFinder(), "LearningRateFinder .Tuner.lr_find.*the plan sets the rate.*it collapses.*configs/sweeps"),
+        (StochasticWeightAveraging(swa_lrs=0.1), "StochasticWeightAveraging.*not its swa_lrs.*teacher already is the average"),
+        (GradientAccumulationScheduler({1: 2}), "scheduling=.1: 2, 0: 1}.*accumulate_grad_batches=.*one number for the run"),
+    ],
+)
+def test_callbacks_that_would_not_do_what_they_say(callback, message, tmp_path):
+    module = build_module()
+    with pytest.raises(ValueError, match=message):
+        fit(module, default_root_dir=tmp_path, logger=CSVLogger(tmp_path), callbacks=[callback], enable_checkpointing=True)
+    if isinstance(callback, LearningRateFinder):
+        trainer = Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, logger=CSVLogger(tmp_path))
+        with pytest.raises(ValueError, match=message):
+            Tuner(trainer).lr_find(module, loader_of())
+    assert not list(tmp_path.iterdir()), "refused before anything is written"
+
+
+def test_no_training_step_without_a_trainer():
+    with pytest.raises(RuntimeError, match=r"trains in a Trainer.*Trainer\(...\).fit.*DINOLoss, DINOHead"):
+        build_module().training_step(next(iter(loader_of())), 0)
 
 
 def test_a_run_without_length():

@@ -1,12 +1,14 @@
 """Head, backbones, optimizers and k-NN against the golden numbers, and their bad inputs."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from dino_lightning import DINOHead, VisionTransformer
+from dino_lightning import DINOHead, DINOModule, VisionTransformer
 from dino_lightning.backbones import build, feature_dim, features_at, redrawn
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
@@ -130,10 +132,48 @@ def test_backbone_errors():
         build("vit_tiny")(torch.zeros(1, 3, 100, 96))
     with pytest.raises(ValueError, match="cannot take 20×20 images"):
         feature_dim(build("vit_tiny"), torch.zeros(1, 3, 20, 20))
+    with pytest.raises(ValueError, match="^the images have 5 channels, the backbone takes 3; set in_chans"):
+        feature_dim(build("vit_tiny"), torch.zeros(1, 5, 32, 32))
+    with pytest.raises(ValueError, match="^the images are torch.uint8, the weights of the backbone torch.float32; have the loader"):
+        feature_dim(build("vit_tiny"), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match="pool and flatten"):
         feature_dim(nn.Conv2d(3, 8, 3), torch.zeros(1, 3, 20, 20))
     with pytest.raises(ValueError, match="num_heads=5 does not divide embed_dim=24"):
         VisionTransformer(embed_dim=24, num_heads=5)
+
+
+def _with(model, name, layer):
+    setattr(model, name, layer)
+    return model
+
+
+def _timm(name, **options):
+    return pytest.importorskip("timm").create_model(name, **options)
+
+
+@pytest.mark.parametrize(
+    "backbone, layer",
+    [
+        (lambda: torchvision.models.resnet18(), "1000 class scores of its layer fc. Take it off, backbone.fc = torch.nn.Identity()"),
+        (lambda: torchvision.models.vit_b_32(num_classes=10), "10 class scores of its layer heads.head"),
+        (lambda: torchvision.models.squeezenet1_1(), "layer classifier.1. Take it off, backbone.classifier[1] ="),
+        (lambda: nn.Sequential(nn.Identity(), torchvision.models.resnet18()), "backbone[1].fc = torch.nn.Identity()"),
+        (lambda: _timm("vit_tiny_patch16_224"), "layer head. Take it off, .*num_classes=0), or .* 'timm/NAME'"),
+        (lambda: _timm("mobilenetv3_small_050", num_classes=5), "5 class scores of its layer classifier"),
+        (lambda: _timm("vit_tiny_patch16_224", num_classes=0), None),
+        (lambda: _timm("vit_tiny_patch16_224", num_classes=256), None),  # as CLIP's networks end
+        (lambda: _with(torchvision.models.resnet18(), "fc", nn.Identity()), None),
+        (lambda: _with(torchvision.models.resnet18(), "fc", nn.Linear(512, 128)), None),
+        (lambda: nn.Sequential(torchvision.models.resnet18(), nn.Linear(1000, 10)), None),
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)), None),
+    ],
+)
+def test_a_network_with_its_classifier_is_pointed_out(backbone, layer, caplog):
+    DINOModule(backbone(), out_dim=8, hidden_dim=8)
+    if layer is None:
+        assert "classifier" not in caplog.text
+    else:
+        assert re.search("ends in its classifier.*" + re.escape(layer).replace(r"\.\*", ".*"), caplog.text), caplog.text
 
 
 def test_probing_leaves_the_modes_and_the_buffers():

@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 from conftest import write_images
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from two_ranks import train
 
@@ -129,6 +129,8 @@ def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):
         write_images(tmp_path / "images" / split / "b", 4, first=20)
     with pytest.raises(ValueError, match="val_check_interval=3 and epochs of 8 batches .* set val_check_interval to a multiple of 2"):
         train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=3)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
+        train(tmp_path, batch_size=2, devices=1, callbacks=[GradientAccumulationScheduler({0: 2})], val_check_interval=3)
     train(tmp_path, batch_size=2, devices=1, accumulate_grad_batches=2, val_check_interval=4)
     by_time = ModelCheckpoint(tmp_path, train_time_interval=timedelta(minutes=1))
     with pytest.raises(ValueError, match="train_time_interval.* use every_n_train_steps"):
@@ -146,3 +148,6 @@ def test_a_resumed_run_saves_no_step_twice(tmp_path):
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == sorted(f"step={i}.ckpt" for i in range(5, 13))
     for key, value in whole["state"].items():
         assert torch.equal(resumed["state"][key], value), key
+    scheduled = {**options, "accumulate_grad_batches": 1, "callbacks": [GradientAccumulationScheduler({0: 2, 1: 2})]}
+    resumed = train(tmp_path, ckpt_path=tmp_path / "first/step=4.ckpt", **scheduled)
+    assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items()), "a constant schedule"

@@ -13,6 +13,7 @@ from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.module import DINOModule
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
 from dino_lightning.weights import load_backbone
+from dino_lightning.weights.files import why_unreadable
 
 
 def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teacher") -> DINOModule:
@@ -35,7 +36,10 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
     try:
         saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{checkpoint} is no checkpoint, or not a whole one: {_first_line(error)}") from error
+        raise ValueError(
+            f"{checkpoint} is no checkpoint, or not a whole one: {why_unreadable(Path(checkpoint), error)}; expected a checkpoint of "
+            "dino-lightning fit"
+        ) from None
     weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
     if not any(name.startswith("teacher.backbone.") for name in weights):
         held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__
@@ -60,10 +64,6 @@ def _with_backbone(backbone: nn.Module) -> DINOModule:
 
 def _on_device(module: DINOModule) -> DINOModule:
     return module.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Images(NamedTuple):

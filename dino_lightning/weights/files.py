@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -28,7 +29,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with torch.serialization.safe_globals(_DATA):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader fail in any way
-        raise ValueError(f"{path} holds no weights that can be read safely, or is not whole: {_reason(path, error)}") from error
+        raise ValueError(
+            f"{path} holds no weights that can be read safely, or is not whole: {why_unreadable(path, error)}; expected a checkpoint "
+            "or weights as torch.save writes them (.ckpt, .pth, .bin), or .safetensors"
+        ) from None
     if not isinstance(held, dict):
         raise ValueError(f"{path} holds a {type(held).__name__}; expected named weights")
     return held, {}
@@ -46,8 +50,35 @@ _DATA = [
 ]
 
 
-def _reason(path: Path, error: Exception) -> str:
-    """The classes that it holds, or the first line of the error."""
+# What is given for weights by mistake, by its first bytes.
+_OTHERS = {
+    b"\xff\xd8\xff": "a JPEG image",
+    b"\x89PNG": "a PNG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image or a film",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"\x93NUMPY": "an array of numpy",
+    b"\x1f\x8b": "a gzip archive",
+    b"<": "a web page",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself",
+}
+
+
+def why_unreadable(path: Path, error: Exception) -> str:
+    """Why torch cannot read a file, in one line: what it is instead, the classes that it holds, or the first line of the error.
+
+    Not what torch says of a pickle that it refuses, which is to load it unsafely.
+    """
+    with path.open("rb") as file:
+        start = file.read(32)
+    if not start:
+        return "it is empty"
+    other = next((other for bytes_, other in _OTHERS.items() if start.startswith(bytes_)), None)
+    if other is not None:
+        return f"it begins like {other}"
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or the pickles of older versions
+        return f"it begins with {start[:16]!r}"
     try:
         with torch.serialization.safe_globals(_DATA):
             classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -55,6 +86,8 @@ def _reason(path: Path, error: Exception) -> str:
         classes = []
     if classes:
         return f"it holds {', '.join(sorted(classes))}, which may be code"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is a pickle of more than tensors and plain types"
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
