@@ -51,7 +51,8 @@ class DINOCLI(LightningCLI):
     _saved: Mapping[str, Any] = {}  # its checkpoint
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+        for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+            logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
         listing = table({name: recipes.summary(name) for name in recipes.names()})
         help_texts = {"epilog": f"recipes for --config:\n{listing}"}
@@ -207,9 +208,12 @@ def _link_channels(options: Namespace) -> None:
     backbone.init_args.in_chans = wanted
 
 
+_NO_NEWS = ("💡", "GPU available", "TPU available", "`Trainer.fit` stopped", "Loading `train_dataloader`", "`weights_only` was not set")
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Of what Lightning says: not what RunReport says better, and no tips for other products."""
-    return not record.getMessage().startswith(("💡", "GPU available", "TPU available", "`Trainer.fit` stopped", "Loading `train_dataloader`"))
+    return not record.getMessage().startswith(_NO_NEWS)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):

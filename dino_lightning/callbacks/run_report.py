@@ -18,6 +18,7 @@ from dino_lightning.plan import count_images, count_steps
 
 _SKIPPED = 2  # first steps, in which everything is slower
 _SECONDS = 10.0  # of steps, on which the estimate rests; fewer where the run is as short
+_PATIENCE = 30.0  # seconds after which slow steps are enough of them
 _LONG = 6 * 3600.0  # seconds of a run on a CPU, from which on it says what else there is
 
 
@@ -54,30 +55,26 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._describe(trainer, pl_module)
-        self._began = time.monotonic()
-        self._first = trainer.global_step
-        self._since: float | None = None  # the beginning of the steps that are timed
+        self._began = self._since = time.monotonic()
+        self._first = self._timed = trainer.global_step  # the step at which the time is taken
         self._told = not trainer.is_global_zero
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        done = trainer.global_step - self._first
-        if self._told or done < _SKIPPED:
+        now, timed = time.monotonic(), trainer.global_step - self._timed
+        if self._told or timed == 0:
             return
-        now = time.monotonic()
-        if self._since is None:
+        if trainer.global_step - self._first <= _SKIPPED and now - self._began < _PATIENCE:
             self._since, self._timed = now, trainer.global_step
-            return
-        timed, left = trainer.global_step - self._timed, trainer.estimated_stepping_batches - trainer.global_step
-        if timed < 3 or (now - self._since < _SECONDS and not trainer.is_last_batch):
-            return
-        self._told = True
-        pace = (now - self._since) / timed
-        line = f"about {_duration(pace * left)} to go ({pace:.2g} s a step), without validation"
-        if pl_module.device.type == "cpu" and pace * left > _LONG:
-            line += "; there is no GPU in this run: --config cpu is made for that"
-        _table(time=line)
+        elif now - self._since >= _PATIENCE or (timed >= 3 and (now - self._since >= _SECONDS or trainer.is_last_batch)):
+            self._told = True
+            pace = (now - self._since) / timed
+            seconds = pace * (trainer.estimated_stepping_batches - trainer.global_step)
+            line = f"about {_duration(seconds)} to go ({pace:.2g} s a step), without validation"
+            if pl_module.device.type == "cpu" and seconds > _LONG:
+                line += "; there is no GPU in this run: --config cpu is made for that"
+            _table(time=line)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pictures = Path(run_folder(trainer)) / "pictures"
