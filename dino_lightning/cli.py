@@ -47,8 +47,7 @@ class DINOCLI(LightningCLI):
     under the root folder and goes on in its run folder and its W&B run, and the configuration is kept in the run folder.
     """
 
-    _run: Path | None = None  # folder of the run that goes on
-    _saved: Mapping[str, Any] = {}  # its checkpoint
+    _interrupted: Mapping[str, Any] | None = None  # the checkpoint of the run that goes on
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
@@ -90,12 +89,12 @@ class DINOCLI(LightningCLI):
         args = recipes.resolve_in(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
         options = self._options
+        is_last = False
         if options.get("ckpt_path") == "last":
             options.ckpt_path = continuation.find_last(
                 [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
             )
-            if self.config.subcommand == "fit":  # a checkpoint that is named begins another branch
-                self._run = continuation.run_of(options.ckpt_path)
+            is_last = self.config.subcommand == "fit"  # a checkpoint that is named begins another branch
         path = options.get("ckpt_path")
         if path and Path(path).is_file():
             saved = continuation.read(path)
@@ -108,7 +107,7 @@ class DINOCLI(LightningCLI):
             options.model.weights, options.model.weights_with_head = None, False
             if options.trainer.num_sanity_val_steps == -1:
                 options.trainer.num_sanity_val_steps = 0  # the first step was taken long ago
-            self._saved = saved
+            self._interrupted = saved if is_last else None
         _link_channels(options)
 
     @property
@@ -133,9 +132,9 @@ class DINOCLI(LightningCLI):
         keep = self._options.checkpoint
         if keep.filename == "last" and (keep.monitor or keep.save_top_k not in (0, 1)):  # several: each by its name, and the newest
             keep.filename, keep.save_last = None, True
-        if self._run is not None and options.logger is not False:
-            wandb_id = self._saved["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
-            continuation.continue_loggers(options, self._run, self._saved, wandb_id)
+        if self._interrupted is not None and options.logger is not False:
+            wandb_id = self._interrupted["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
+            continuation.continue_loggers(options, self._options.ckpt_path, self._interrupted["global_step"], wandb_id)
         super().instantiate_classes()
         self.config = given
         for callback in self.trainer.callbacks:
@@ -168,7 +167,7 @@ class DINOCLI(LightningCLI):
     def before_fit(self) -> None:
         """What is wrong is refused before the run has a folder."""
         check_epochs(self.trainer, self.model.options)
-        if self._run is not None:
+        if self._interrupted is not None:
             options = self.config_init[self.subcommand]
             options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)
 

@@ -68,36 +68,33 @@ def options_of(saved: Mapping[str, Any], defaults: Namespace) -> dict[str, Any]:
     return {name: value for name, value in held.items() if value != defaults.get(name)}
 
 
-def run_of(path: str | os.PathLike[str]) -> Path | None:
-    """The run folder of a checkpoint of the command line, if it lies in one."""
-    folder = Path(path).resolve().parent.parent
-    return folder if (folder / "config.yaml").exists() else None
-
-
-def continue_loggers(options: Namespace, run: Path, saved: Mapping[str, Any], wandb_id: str | None) -> None:
-    """Has the loggers of a Trainer's options write on in a run folder, from the step of the checkpoint on.
+def continue_loggers(options: Namespace, checkpoint: str, step: int, wandb_id: str | None) -> None:
+    """Has the loggers of a Trainer's options write on where the run that is resumed wrote.
 
     Args:
         options: of the Trainer; changed in place.
-        run: folder of the run that goes on.
-        saved: its checkpoint.
-        wandb_id: of its W&B run.
+        checkpoint: that is resumed; if it lies in the run folder, files are written there.
+        step: of it, from which on steps are taken again.
+        wandb_id: of the W&B run.
     """
-    if options.logger in (None, True):
+    run = Path(checkpoint).resolve().parent.parent
+    is_run = (run / "config.yaml").exists()
+    if options.logger in (None, True) and is_run:
         kind = next(kind for kind, files in _LOGGERS.items() if list(run.glob(files)))
         options.logger = Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace())
     for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
         kind = getattr(logger, "class_path", "").rpartition(".")[2]
-        if kind in _LOGGERS and not logger.init_args.get("version"):
-            where = {"save_dir": str(run.parents[1]), "name": run.parent.name, "version": run.name}
-            for name, value in where.items():
+        if kind == "WandbLogger" and wandb_id and not logger.init_args.get("id"):
+            logger.init_args.id = wandb_id
+        if kind not in _LOGGERS or not is_run:
+            continue
+        if not logger.init_args.get("version"):
+            for name, value in {"save_dir": str(run.parents[1]), "name": run.parent.name, "version": run.name}.items():
                 logger.init_args[name] = value
         if kind == "CSVLogger":  # Lightning's begins a file anew
             logger.class_path = "dino_lightning.loggers.AppendingCSVLogger"
-        if kind == "TensorBoardLogger":  # hides the steps that are taken again
-            logger.dict_kwargs = {"purge_step": saved["global_step"], **(logger.get("dict_kwargs") or {})}
-        if kind == "WandbLogger" and wandb_id and not logger.init_args.get("id"):
-            logger.init_args.id = wandb_id
+        else:  # hides the steps that are taken again
+            logger.dict_kwargs = {"purge_step": step, **(logger.get("dict_kwargs") or {})}
 
 
 def read(path: str) -> dict[str, Any]:
