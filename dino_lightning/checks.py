@@ -122,7 +122,7 @@ def check_saving(trainer: Trainer) -> None:
     if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
         raise ValueError(
             f"ModelCheckpoint(train_time_interval=...) may save in the middle of a step of accumulate_grad_batches={window}, "
-            "where a checkpoint cannot be resumed exactly; use every_n_train_steps"
+            "where a checkpoint cannot be resumed exactly; use every_n_train_steps, or dino_lightning.callbacks.SaveEvery"
         )
     over_epochs = trainer.check_val_every_n_epoch is None  # then batches are counted over the ends of epochs
     if trainer.enable_validation and (

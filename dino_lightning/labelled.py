@@ -59,7 +59,8 @@ class LabelledDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
-        return normalize(images, self.mean, self.std), labels
+        images = normalize(images, self.mean, self.std)
+        return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images), labels
 
     def _loader(self, views: Dataset, **options: Any) -> DataLoader:
         pin = torch.cuda.is_available()

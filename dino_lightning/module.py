@@ -339,6 +339,14 @@ class DINOModule(LightningModule):
                 for group in state["param_groups"]:  # the precision and the device may be others than before
                     if "fused" in group:
                         group["fused"] = _may_fuse(self.trainer)
+        else:
+            self._keep_class_path(checkpoint.get("hyper_parameters", {}))
+
+    def _keep_class_path(self, saved: dict[str, Any]) -> None:
+        """A backbone that the command line built came in as an object: its class path, with which what is saved next loads too."""
+        if isinstance(saved.get("backbone"), dict):  # not one that load_from_checkpoint was given
+            self._hparams["backbone"] = self._hparams_initial["backbone"] = saved["backbone"]
+            self._hparams["_instantiator"] = saved["_instantiator"]
 
     @property
     def backbone_name(self) -> str | None:

@@ -3,15 +3,17 @@
 import csv
 import logging
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from dino_lightning import DINOLoss, DINOModule, VisionTransformer
+from dino_lightning import DINOLoss, DINOModule, VisionTransformer, recipes
 from dino_lightning.callbacks import CollapseDoctor
 from dino_lightning.cli import main
 from dino_lightning.evaluation.collapse import Signs, diagnose, is_stuck, off_the_curve, too_many_prototypes
@@ -95,6 +97,28 @@ def test_a_student_that_stays_uniform():
 def test_prototypes_for_few_images():
     assert too_many_prototypes(256, 2048) is None
     assert "Set out_dim to about 256" in too_many_prototypes(65536, 3000).text
+
+
+def images_of(recipe):
+    """For how many training images a recipe says that it is, in its first line or its data set."""
+    text = recipes.summary(recipe).replace("thousands of", "1,000")
+    named = re.search(r"(?:([\d,]+) to )?([\d,]+) (?:own photographs|images)\b(?! ×)", text)
+    if named:
+        return [int(number.replace(",", "")) for number in named.groups() if number]
+    dataset = options_of(recipe).get("data", {}).get("dataset")
+    return [dataset["init_args"]["count"]] if dataset else []
+
+
+def options_of(recipe):
+    return yaml.safe_load((recipes.folder() / f"{recipe}.yaml").read_text())
+
+
+def test_no_recipe_has_too_many_prototypes_for_the_images_that_it_is_for():
+    sizes = {recipe: found for recipe in recipes.names() if (found := images_of(recipe))}
+    assert sizes == {"cifar10": [50_000], "cpu": [1000], "quickstart": [2048], "small_images": [2000, 100_000]}
+    for recipe, found in sizes.items():
+        assert not any(too_many_prototypes(options_of(recipe)["model"]["out_dim"], images) for images in found), recipe
+    assert "2,000 to 100,000 own photographs" in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_loss_far_from_the_known_curve():

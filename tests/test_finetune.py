@@ -188,6 +188,13 @@ def test_resumed_within_an_epoch(tmp_path):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+def test_overfitting_a_batch_in_double_precision(tmp_path):
+    root = two_colours(tmp_path / "images")
+    data = LabelledDataModule(*(ImageFolder(root / split) for split in ("train", "val")), (16, 16), batch_size=4)
+    trainer = fit(FineTune(vit(), 2, lr=0.1, warmup_epochs=0), data, overfit_batches=1, precision="64-true")
+    assert trainer.global_step == 2
+
+
 def test_the_command_is_reproducible_in_half_precision(small_checkpoint, tmp_path):
     root = two_colours(tmp_path / "images", counts=(4, 2))
     options = dict(epochs=2, warmup_epochs=0, batch_size=4, precision="bf16-mixed")

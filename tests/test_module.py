@@ -366,6 +366,19 @@ def test_checkpoint_of_a_backbone_object_wants_it_back(tmp_path):
     assert same(loaded.state_dict(), module.state_dict())
 
 
+def test_a_checkpoint_of_the_command_line_trained_on_in_python_loads(small_checkpoint, tmp_path):
+    module = DINOModule.load_from_checkpoint(small_checkpoint)
+    fit(module, max_epochs=1, logger=CSVLogger(tmp_path)).save_checkpoint(tmp_path / "c.ckpt")
+    again = DINOModule.load_from_checkpoint(tmp_path / "c.ckpt")
+    assert same(module.state_dict(), again.state_dict()) and again.hparams["lr"] == module.hparams["lr"]
+    fit(again, max_epochs=1).save_checkpoint(tmp_path / "d.ckpt")
+    assert DINOModule.load_from_checkpoint(tmp_path / "d.ckpt", lr=0.1).options["lr"] == 0.1
+    other = DINOModule.load_from_checkpoint(small_checkpoint, backbone=tiny_vit())
+    fit(other, max_epochs=1).save_checkpoint(tmp_path / "e.ckpt")
+    with pytest.raises(ValueError, match="VisionTransformer.*backbone=..."):
+        DINOModule.load_from_checkpoint(tmp_path / "e.ckpt")
+
+
 def test_state_dicts_speak_the_references_names():
     module = DINOModule("vit_tiny", img_size=32, **OPTIONS)
     for network in (module.student, module.teacher):
