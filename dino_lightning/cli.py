@@ -76,7 +76,9 @@ class DINOCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.in_chans", "model.in_chans")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "last", "checkpoint.enable_version_counter": False})
+        # By itself Lightning saves nothing between validations, nor anything of a run without them if they are not due every epoch.
+        every_epoch = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
+        parser.set_defaults({f"checkpoint.{name}": value for name, value in every_epoch.items()})
         parser.add_argument(
             "--checkpoint_every",
             type=float,
@@ -132,6 +134,8 @@ class DINOCLI(LightningCLI):
         keep = self._options.checkpoint
         if keep.filename == "last" and (keep.monitor or keep.save_top_k not in (0, 1)):  # several: each by its name, and the newest
             keep.filename, keep.save_last = None, True
+        if keep.monitor and keep.monitor.startswith("val/"):  # is known behind a validation only
+            keep.save_on_train_epoch_end = None
         if self._interrupted is not None and options.logger is not False:
             wandb_id = self._interrupted["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
             continuation.continue_loggers(options, self._options.ckpt_path, self._interrupted["global_step"], wandb_id)

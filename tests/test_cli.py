@@ -221,6 +221,11 @@ def test_default_warm_ups_fit_and_given_ones_are_refused_before_there_is_a_folde
         assert "warmup_epochs: the default of 10 is longer than the run; a tenth of it, 1 steps" in caplog.text
 
 
+def test_every_epoch_is_saved_however_seldom_it_is_validated(run_dir):
+    fit("--trainer.check_val_every_n_epoch", "5", "--trainer.max_epochs", "1", "--trainer.logger", "false")
+    assert load("checkpoints/last.ckpt")["global_step"] == 6
+
+
 def test_training_in_three_lines(run_dir):
     module = dino_lightning.train("images", output="runs", recipe="small.yaml", options=["--trainer.max_epochs=1", "--checkpoint_every=0.0001"])
     assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 24) and not module.training
