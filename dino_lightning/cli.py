@@ -38,6 +38,7 @@ from dino_lightning.door.parser_errors import brief
 from dino_lightning.module import DINOModule
 from dino_lightning.plan import check_epochs
 from dino_lightning.tools import TOOLS
+from dino_lightning.weights.files import read_checkpoint
 
 
 class DINOCLI(LightningCLI):
@@ -99,16 +100,16 @@ class DINOCLI(LightningCLI):
             is_last = self.config.subcommand == "fit"  # a checkpoint that is named begins another branch
         path = options.get("ckpt_path")
         if path and Path(path).is_file():
-            saved = continuation.read(path)
+            saved = read_checkpoint(path)
+            if self.config.subcommand == "fit" and "loops" not in saved:
+                raise ValueError(
+                    f"{path} holds weights only (save_weights_only): a run cannot go on from it; begin one with --model.weights {path}"
+                )
             subparser = self._parser(self.config.subcommand)
             subparser.set_defaults(continuation.options_of(saved, subparser.get_defaults()))
             self.config = parser.parse_args(args)
             options = self._options
             options.ckpt_path = path
-            # The checkpoint has them, and the source may be gone.
-            options.model.weights, options.model.weights_with_head = None, False
-            if options.trainer.num_sanity_val_steps == -1:
-                options.trainer.num_sanity_val_steps = 0  # the first step was taken long ago
             self._interrupted = saved if is_last else None
         _link_channels(options)
 
@@ -121,11 +122,15 @@ class DINOCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Loggers write below the root folder unless they are told where (W&B's would write to the current folder), or on
-        in the folder of the run that goes on. The configuration that is kept does not say so: it begins a new run.
+        in the folder of the run that goes on. The configuration that is kept does not say what goes on: it begins a new run.
         """
         given = self.config
         self.config = given.clone()
-        options = self._options.trainer
+        options, model = self._options.trainer, self._options.model
+        if self._options.get("ckpt_path"):
+            model.weights, model.weights_with_head = None, False  # the checkpoint has them, and the source may be gone
+            if options.num_sanity_val_steps == -1:
+                options.num_sanity_val_steps = 0  # the first step was taken long ago
         root = options.default_root_dir = _real(options.default_root_dir)
         for logger in options.logger if isinstance(options.logger, list) else [options.logger]:
             where = getattr(logger, "init_args", {})
@@ -137,8 +142,7 @@ class DINOCLI(LightningCLI):
         if keep.monitor and keep.monitor.startswith("val/"):  # is known behind a validation only
             keep.save_on_train_epoch_end = None
         if self._interrupted is not None and options.logger is not False:
-            wandb_id = self._interrupted["callbacks"].get(RunConfig.__name__, {}).get("wandb_id")
-            continuation.continue_loggers(options, self._options.ckpt_path, self._interrupted["global_step"], wandb_id)
+            continuation.continue_loggers(options, self._options.ckpt_path, self._interrupted)
         super().instantiate_classes()
         self.config = given
         for callback in self.trainer.callbacks:
@@ -156,11 +160,11 @@ class DINOCLI(LightningCLI):
         ours = [kind() for kind in wanted if not is_given(kind)]
         if options.enable_checkpointing is False or options.fast_dev_run or is_given(ModelCheckpoint):
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
-        else:  # beside the newest the best, where there are labels
+        else:  # beside the newest the best, where there are labels, and within epochs
+            every = self._get(self.config, "checkpoint_every")
+            if every and not is_given(SaveEvery):
+                ours.append(SaveEvery(every))
             ours.append(ModelCheckpoint(checkpoint.dirpath, "best-{step}", "val/knn_top1", mode="max", save_on_train_epoch_end=False))
-        every = self._get(self.config, "checkpoint_every")
-        if every and options.enable_checkpointing is not False and not options.fast_dev_run and not is_given(SaveEvery):
-            ours.append(SaveEvery(every))
         if options.enable_progress_bar is not False and not is_given(LightningProgressBar):
             ours.append(ProgressBar())
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
@@ -282,6 +286,7 @@ def train(
 
     Raises:
         ValueError, FileNotFoundError: as the command would say.
+        SystemExit: after a signal or Ctrl-C, when the checkpoint is saved.
     """
     recipe = recipe or ("small_images" if torch.cuda.is_available() else "cpu")
     chosen = ["--config", recipe, "--data.root", str(root), "--trainer.default_root_dir", str(output), *options]

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+
+from dino_lightning.callbacks.run_config import RunConfig
 
 _CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Lightning starts go on with what rank 0 found
 _LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
@@ -38,7 +39,7 @@ def agree(path: str, trainer: Trainer) -> str:
     """What rank 0 has found: each process looks by itself, and another run may have written in between.
 
     Raises:
-        RuntimeError: if that is of another run, whose options this process does not have.
+        ValueError: if that is of another run, whose options this process does not have.
     """
     if trainer.world_size == 1 or _was_told():
         return path
@@ -49,7 +50,7 @@ def agree(path: str, trainer: Trainer) -> str:
     strategy.setup_environment()
     chosen = strategy.broadcast(path)
     if Path(chosen).parent != Path(path).parent:
-        raise RuntimeError(
+        raise ValueError(
             f"rank 0 resumes {chosen}, rank {trainer.global_rank} {path}: another run writes below the same root folder; name "
             "the checkpoint, or give each run a trainer.default_root_dir of its own"
         )
@@ -63,22 +64,26 @@ def _was_told() -> bool:
 def options_of(saved: Mapping[str, Any], defaults: Namespace) -> dict[str, Any]:
     """The options in which a checkpoint differs from the defaults, by their names on the command line."""
     held = {f"model.{name}": value for name, value in saved.get("hyper_parameters", {}).items() if name[0] != "_"}
+    images = saved.get("images") or {}
     names = {"size": "global_crops_size", "mean": "mean", "std": "std"}
-    held |= {f"data.{names[name]}": value for name, value in (saved.get("images") or {}).items()}
+    held |= {f"data.{names[name]}": value for name, value in images.items()}
+    held["data.in_chans"] = len(images["mean"]) if "mean" in images else held.get("model.in_chans", 3)
     return {name: value for name, value in held.items() if value != defaults.get(name)}
 
 
-def continue_loggers(options: Namespace, checkpoint: str, step: int, wandb_id: str | None) -> None:
+def continue_loggers(options: Namespace, checkpoint: str, saved: Mapping[str, Any]) -> None:
     """Has the loggers of a Trainer's options write on where the run that is resumed wrote.
 
     Args:
         options: of the Trainer; changed in place.
-        checkpoint: that is resumed; if it lies in the run folder, files are written there.
-        step: of it, from which on steps are taken again.
-        wandb_id: of the W&B run.
+        checkpoint: the file that is resumed.
+        saved: what it holds.
     """
-    run = Path(checkpoint).resolve().parent.parent
-    is_run = (run / "config.yaml").exists()
+    step, told = saved["global_step"], saved["callbacks"].get(RunConfig.__name__, {})
+    # The run folder may have been moved, or the checkpoints be kept elsewhere.
+    folders = [Path(checkpoint).resolve().parent.parent, Path(told.get("folder") or os.devnull)]
+    run = next((folder for folder in folders if (folder / "config.yaml").exists()), folders[0])
+    is_run, wandb_id = (run / "config.yaml").exists(), told.get("wandb_id")
     if options.logger in (None, True) and is_run:
         kind = next(kind for kind, files in _LOGGERS.items() if list(run.glob(files)))
         options.logger = Namespace(class_path=f"lightning.pytorch.loggers.{kind}", init_args=Namespace())
@@ -93,10 +98,7 @@ def continue_loggers(options: Namespace, checkpoint: str, step: int, wandb_id: s
                 logger.init_args[name] = value
         if kind == "CSVLogger":  # Lightning's begins a file anew
             logger.class_path = "dino_lightning.loggers.AppendingCSVLogger"
+            known = ("save_dir", "name", "version")
+            logger.init_args = Namespace(first_step=step, **{name: logger.init_args[name] for name in known})
         else:  # hides the steps that are taken again
             logger.dict_kwargs = {"purge_step": step, **(logger.get("dict_kwargs") or {})}
-
-
-def read(path: str) -> dict[str, Any]:
-    """A checkpoint, without moving its tensors into memory."""
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)

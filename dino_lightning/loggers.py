@@ -17,16 +17,23 @@ from lightning.pytorch.utilities import rank_zero_only
 class AppendingCSVLogger(LightningCSVLogger):
     """Lightning's, which goes on with the ``metrics.csv`` of a run folder, where Lightning's deletes it.
 
-    Rows of steps that a killed run took after its last checkpoint are replaced by those of the same steps taken again.
+    Args:
+        save_dir: as Lightning's.
+        name: likewise.
+        version: likewise.
+        first_step: the first one that is taken in this sitting: a run that was killed may have logged it and later ones before.
     """
 
-    _earlier: list[dict[str, str]] | None = None  # the rows of earlier sittings, until the first of this one
+    def __init__(self, save_dir: str, name: str = "lightning_logs", version: int | str | None = None, first_step: int = 0) -> None:
+        super().__init__(save_dir, name, version)
+        self.first_step = first_step
+        self._opened = False
 
     @property
     def experiment(self) -> ExperimentWriter:
-        """The writer. Lightning deletes the file when it makes one; here it gets the file back."""
-        if self._earlier is None and rank_zero_only.rank == 0:
-            self._earlier = []
+        """The writer. Lightning deletes the file when it makes one; here it gets back what is not taken again."""
+        if not self._opened and rank_zero_only.rank == 0:
+            self._opened = True
             file = Path(self.log_dir) / "metrics.csv"
             kept = file.with_suffix(".kept")  # also what a process that was killed in here left
             if file.exists():
@@ -35,29 +42,20 @@ class AppendingCSVLogger(LightningCSVLogger):
                 warnings.filterwarnings("ignore", "Experiment logs directory")
                 writer = super().experiment
             if kept.exists():
-                os.replace(kept, file)
-                with open(file, newline="") as lines:
+                with open(kept, newline="") as lines:
                     reader = csv.DictReader(lines)
-                    self._earlier = list(reader)
+                    rows = [row for row in reader if int(row["step"]) < self.first_step]
                 writer.metrics_keys = list(reader.fieldnames or [])
+                with open(file, "w", newline="") as lines:
+                    earlier = csv.DictWriter(lines, writer.metrics_keys)
+                    earlier.writeheader()
+                    earlier.writerows(rows)
+                kept.unlink()
         return super().experiment
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        writer = self.experiment
-        if self._earlier and step is not None:
-            self._write([row for row in self._earlier if int(row["step"]) < step], writer.metrics_keys)
-            self._earlier = []
-        super().log_metrics(metrics, step)
 
-    def _write(self, rows: list[dict[str, str]], names: list[str]) -> None:
-        file = Path(self.log_dir) / "metrics.csv"
-        new = file.with_suffix(".partial")
-        with open(new, "w", newline="") as lines:
-            writer = csv.DictWriter(lines, names)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(new, file)
+class LoggerError(ValueError):
+    """A logger does not begin."""
 
 
 class WandbLogger(LightningWandbLogger):
@@ -74,14 +72,14 @@ class WandbLogger(LightningWandbLogger):
         """The W&B run, which begins when it is first asked for: before the training.
 
         Raises:
-            RuntimeError: if W&B does not begin it, as without a key where nobody can be asked for one.
+            LoggerError: if W&B does not begin it, as without a key where nobody can be asked for one.
         """
         import wandb  # not before it is used
 
         try:
             return super().experiment
         except wandb.Error as error:
-            raise RuntimeError(
+            raise LoggerError(
                 f"W&B does not begin a run: {error} Without an account, or a network, WANDB_MODE=offline records it on this machine; "
                 "`wandb login` keeps your key, once for all runs"
             ) from error

@@ -75,7 +75,8 @@ class DINOModule(LightningModule):
         lr: learning rate after its warm-up, for 256 images a step: it is scaled by the real number
             (batch size × devices × accumulated batches).
         min_lr: learning rate at the end, not scaled.
-        warmup_epochs: epochs of the linear warm-up of the learning rate; the default becomes a tenth of a run that is shorter.
+        warmup_epochs: epochs of the linear warm-up of the learning rate; the default becomes a tenth of a run
+            that is shorter than twice that.
         weight_decay: weight decay at the start; not on biases and norms.
         weight_decay_end: weight decay at the end of its cosine.
         clip_grad: largest L2 norm of the gradient of each parameter tensor; 0 is off. The Trainer's gradient_clip_val is

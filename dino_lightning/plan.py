@@ -129,17 +129,18 @@ def _warmups(options: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _fitted(epochs: int, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of a warm-up: one that nobody asked for becomes a tenth of a run that is shorter than it."""
+    """Steps of a warm-up: one that nobody asked for becomes a tenth of the run if it would take more than half of it."""
     steps = epochs * steps_per_epoch
-    if steps > total_steps and isinstance(epochs, Unsaid):
-        log.info("warmup_epochs: the default of %d is longer than the run; a tenth of it, %d steps", epochs, total_steps // 10)
+    if 2 * steps > total_steps and isinstance(epochs, Unsaid):
+        log.info("warmup_epochs: the default of %d is more than half of the run; a tenth of it, %d steps", epochs, total_steps // 10)
         return total_steps // 10
     return min(steps, total_steps)  # check_length refused longer ones, except in a fast_dev_run
 
 
 def count_steps(trainer: Trainer) -> tuple[int, int]:
     """(optimizer steps of the run, optimizer steps of an epoch)."""
-    total = trainer.estimated_stepping_batches  # makes the training loader, whose length is known from then on
+    trainer.fit_loop.setup_data()  # makes the training loader, whose length is known from then on
+    total = trainer.estimated_stepping_batches
     if math.isinf(trainer.num_training_batches):
         raise ValueError(
             "the training loader has no length, so an epoch has none; set Trainer(limit_train_batches=N), "

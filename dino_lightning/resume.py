@@ -105,7 +105,7 @@ def sweep_partial_checkpoints(trainer: Trainer) -> None:
 
 def forget_no_saved_step(trainer: Trainer) -> None:
     """A resumed ModelCheckpoint forgets that it has this step, and would save it again in the middle of a step's batches."""
-    if trainer.global_step:
+    if trainer.global_step and not trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation:  # whose end is saved
         for callback in trainer.checkpoint_callbacks:
             callback._last_global_step_saved = trainer.global_step
 

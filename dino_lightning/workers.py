@@ -14,7 +14,7 @@ def follow_the_parent(worker: int) -> None:
     SLURM and others send SIGTERM to all processes of a job, a terminal sends SIGINT, and a run that finishes its step first needs
     its workers for that. So these are not heeded, unless SIGTERM comes from the parent (multiprocessing sends it once, at the
     parent's exit, and then waits for ever), or the parent is gone. Where the system does not tell who sent a signal
-    (all but Linux), SIGTERM ends a worker as ever.
+    (all but Linux), SIGTERM ends a worker as ever. Programs that a worker starts inherit that SIGTERM is blocked: end them by kill.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import OnlineKNN, SaveEvery, StopOnSignal
+from dino_lightning.loggers import AppendingCSVLogger
 
 LIMIT = 60  # seconds for one
 SAVED = Path("checkpoints/last.ckpt")
@@ -32,9 +33,10 @@ def fit(*callbacks: Callback, logger=False, root: str = "../images", resume: str
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.1)
     torch.manual_seed(0)
     module = DINOModule(vit, out_dim=64, hidden_dim=32, warmup_epochs=0)
-    keep = ModelCheckpoint("checkpoints", filename="last", enable_version_counter=False)
+    keep = ModelCheckpoint("checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    monitor = [ModelCheckpoint("best", "{step}", "val/knn_top1", save_top_k=-1, save_on_train_epoch_end=False)] if "labelled" in root else []
     options = {"accelerator": "cpu", "max_epochs": 200, "enable_progress_bar": False, "enable_model_summary": False} | options
-    trainer = Trainer(callbacks=[*callbacks, StopOnSignal(), keep], logger=logger, log_every_n_steps=1, **options)
+    trainer = Trainer(callbacks=[*callbacks, StopOnSignal(), keep, *monitor], logger=logger, log_every_n_steps=1, **options)
     trainer.fit(module, data(root), ckpt_path=resume)
 
 
@@ -107,7 +109,7 @@ def killed_after_saving() -> None:
             if SAVED.exists() and trainer.global_step % 6 == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    fit(SaveEvery(1e-5), Kill(), max_epochs=3)
+    fit(SaveEvery(1e-5), Kill(), logger=CSVLogger(".", "log", ""), max_epochs=3)
 
 
 def whole(root: str) -> None:
@@ -116,7 +118,8 @@ def whole(root: str) -> None:
 
 def resumed(folder: str, root: str) -> None:
     os.chdir(f"../{folder}")
-    fit(OnlineKNN(), logger=CSVLogger(".", "resumed", ""), root=root, resume=str(SAVED), max_epochs=3)
+    logger = AppendingCSVLogger(".", "log", "", first_step=torch.load(SAVED, weights_only=True)["global_step"])
+    fit(OnlineKNN(), logger=logger, root=root, resume=str(SAVED), max_epochs=3)
 
 
 ENDS = {

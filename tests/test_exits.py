@@ -65,9 +65,20 @@ def test_a_run_that_goes_on_ends_as_one_that_was_left_alone(ends, name, whole):
     resumed, whole_state = state(folder, name), state(folder, whole)
     assert resumed["global_step"] == whole_state["global_step"]
     assert all(torch.equal(value, whole_state["state_dict"][key]) for key, value in resumed["state_dict"].items())
+    assert val_progress(resumed) == val_progress(whole_state), "and no validation is left to do"
+    assert names(folder / name / "best") == names(folder / whole / "best")
     if name == "SIGTERM in validation":
-        rows = [row for log in ("log", "resumed") for row in csv.DictReader(open(folder / name / log / "metrics.csv"))]
-        expected = list(csv.DictReader(open(folder / whole / "log" / "metrics.csv")))
-        assert [(row["step"], row["train/loss"], row["val/knn_top1"]) for row in rows] == [
-            (row["step"], row["train/loss"], row["val/knn_top1"]) for row in expected
-        ]
+        assert rows(folder / name) == rows(folder / whole)
+
+
+def val_progress(state):
+    return state["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+
+
+def names(folder):
+    return {path.name for path in folder.glob("*.ckpt")}
+
+
+def rows(folder):
+    with open(folder / "log" / "metrics.csv") as file:
+        return [(row["step"], row["train/loss"], row["val/knn_top1"]) for row in csv.DictReader(file)]

@@ -15,15 +15,16 @@ from dino_lightning.plan import Unsaid
 class RunConfig(SaveConfigCallback):
     """Writes ``config.yaml`` into the run folder, also with W&B and over that of an earlier run, and tells the loggers.
 
-    Its part of a checkpoint is the id of the W&B run, with which a resumed run goes on.
+    Its part of a checkpoint is this folder and the id of the W&B run, with which a resumed run goes on.
     """
 
     _wandb_id: str | None = None
+    _folder: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.already_saved or stage != "fit":
             return
-        folder = run_folder(trainer)
+        folder = self._folder = run_folder(trainer)
         self._wandb_id = next((logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
         if trainer.is_global_zero:
             os.makedirs(folder, exist_ok=True)
@@ -34,7 +35,7 @@ class RunConfig(SaveConfigCallback):
         self.already_saved = True
 
     def state_dict(self) -> dict[str, str | None]:
-        return {"wandb_id": self._wandb_id}
+        return {"wandb_id": self._wandb_id, "folder": self._folder and os.path.abspath(self._folder)}
 
 
 def _anywhere(config: Namespace) -> Namespace:

@@ -29,6 +29,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._described = False
+        self._first: int | None = None  # step at which the training begins, if it does
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._describe(trainer, pl_module)
@@ -73,7 +74,7 @@ class RunReport(Callback):
             seconds = pace * (trainer.estimated_stepping_batches - trainer.global_step)
             line = f"about {_duration(seconds)} to go ({pace:.2g} s a step), without validation"
             if pl_module.device.type == "cpu" and seconds > _LONG:
-                line += "; there is no GPU in this run: --config cpu is made for that"
+                line += "; there is no GPU in this run: the recipe cpu and fewer epochs are made for that"
             _table(time=line)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,7 +83,9 @@ class RunReport(Callback):
             return
         saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         files = [path for callback in saved for path in (callback.last_model_path, callback.best_model_path) if os.path.exists(path)]
-        lines = {"done": f"{trainer.global_step} steps, the last {trainer.global_step - self._first} in {_duration(time.monotonic() - self._began)}"}
+        steps = 0 if self._first is None else trainer.global_step - self._first  # none in a run that was over
+        spent = f", the last {steps} in {_duration(time.monotonic() - self._began)}" if steps else ""
+        lines = {"done": f"{trainer.global_step} steps{spent}"}
         if files:
             lines["checkpoints"] = ", ".join(dict.fromkeys(files))
         if pictures.is_dir():

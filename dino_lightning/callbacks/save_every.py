@@ -36,8 +36,8 @@ class SaveEvery(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Not behind the last batch of an epoch, whose validation a resumed run would leave out.
-        if trainer.global_step == self._step or trainer.is_last_batch:
+        # Not where a validation follows, which a resumed run would leave out.
+        if trainer.global_step == self._step or trainer.is_last_batch or _may_validate(trainer, batch_idx):
             return
         self._step = trainer.global_step
         if self._is_due(trainer, pl_module.device):
@@ -58,3 +58,9 @@ class SaveEvery(Callback):
             return False
         self._asked = None  # it was asked before this checkpoint
         return True
+
+
+def _may_validate(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the batch is one of those, within an epoch or over their ends, behind which ``val_check_interval`` may be over."""
+    every = trainer.val_check_batch
+    return isinstance(every, int) and 0 in ((batch_idx + 1) % every, (trainer.fit_loop.total_batch_idx + 1) % every)

@@ -29,7 +29,9 @@ def check(command: str, args: Sequence[str]) -> None:
     images: dict[str, Any] = {}
     for name, value in given:
         images.update(_in_config(command, value) if name == "--config" and value else {name[2:]: value})
-    if not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
+    _check_checkpoint(dict(given).get("--ckpt_path"))
+    asks = any(name.endswith(".help") for name, _ in given)
+    if not asks and not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
         _check_images(command, images)
     _check_values(command, given)
 
@@ -64,6 +66,12 @@ def _two_levels(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:
             yield str(key), value
+
+
+def _check_checkpoint(path: str | None) -> None:
+    keyword = path is None or path in ("null", "last", "best", "hpc") or path.startswith("registry") or "://" in path
+    if not keyword and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}: check the path")
 
 
 def _check_images(command: str, given: dict[str, Any]) -> None:

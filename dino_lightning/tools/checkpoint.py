@@ -1,7 +1,6 @@
 """What the tools need of a checkpoint: the module on the device, its training size, its weights' hash, its network untrained."""
 
 import hashlib
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +12,7 @@ from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.module import DINOModule
 from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
 from dino_lightning.weights import load_backbone
-from dino_lightning.weights.files import why_unreadable
+from dino_lightning.weights.files import read_checkpoint
 
 
 def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teacher") -> DINOModule:
@@ -31,15 +30,7 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
     """
     if not is_ours(checkpoint):
         return _on_device(_with_backbone(load_backbone(checkpoint, network=network)))
-    if not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {checkpoint!r}")
-    try:
-        saved = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{checkpoint} is no checkpoint, or not a whole one: {why_unreadable(Path(checkpoint), error)}; expected a checkpoint of "
-            "dino-lightning fit"
-        ) from None
+    saved = read_checkpoint(checkpoint)
     weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
     if not any(name.startswith("teacher.backbone.") for name in weights):
         held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__

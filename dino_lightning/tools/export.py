@@ -72,7 +72,7 @@ def _card(checkpoint: str, package: Package, network: str, module: DINOModule) -
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
         "trained": f"DINO (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
-        **_crops(module, config),
+        **_crops(module),
         **(_history(checkpoint, config) if ours else {}),
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
@@ -86,12 +86,12 @@ def _run_config(checkpoint: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
-def _crops(module: DINOModule, config: dict[str, Any]) -> dict[str, str]:
+def _crops(module: DINOModule) -> dict[str, str]:
     """The size that was trained: the global crops of the run, or where that is not known, the size of a ViT's positions."""
-    size = (config.get("data") or {}).get("global_crops_size")
+    size = module.images.get("size")
     if size is None and not isinstance(module.teacher.backbone, VisionTransformer):
         return {}
-    height, width = (size, size) if isinstance(size, int) else size or training_size(module)
+    height, width = training_size(module)
     return {"trained at": f"{height}×{width} pixels" + " (global crops)" * (size is not None)}
 
 

@@ -38,6 +38,24 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return held, {}
 
 
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint of ``dino-lightning fit`` holds; its tensors stay on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no checkpoint, or not a whole one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint, or not a whole one: {why_unreadable(Path(path), error)}; expected a checkpoint of "
+            "dino-lightning fit"
+        ) from None
+
+
 # Classes without any code that could do harm; the second name is that of numpy below version 2.
 _SCALAR = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
 _DATA = [
