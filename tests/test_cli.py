@@ -228,7 +228,8 @@ def test_every_epoch_is_saved_however_seldom_it_is_validated(run_dir):
     fit("--trainer.check_val_every_n_epoch", "5", "--trainer.max_epochs", "1", "--trainer.logger", "false")
     assert load("checkpoints/last.ckpt")["global_step"] == 6
     root = str(two_colours(run_dir / "labelled"))
-    fit("--data.root", root, "--trainer.max_epochs=-1", "--trainer.max_steps", "5", "--trainer.default_root_dir", "runs")
+    fit("--data.root", root, "--trainer.max_epochs=-1", "--trainer.max_steps", "5", "--trainer.default_root_dir", "runs",
+        "--trainer.precision", "64-true")  # fmt: skip
     assert load("runs/lightning_logs/version_0/checkpoints/last.ckpt")["global_step"] == 5, "a run that is planned in steps"
 
 

@@ -65,7 +65,7 @@ class AttentionMaps(Callback):
         if self._images is None or not len(self._images):
             return
         data, backbone = trainer.datamodule, pl_module.teacher.backbone
-        images = normalize(self._images.to(pl_module.device), data.mean, data.std)
+        images = trainer.precision_plugin.convert_input(normalize(self._images.to(pl_module.device), data.mean, data.std))
         try:
             (maps, names, what), features = spatial_maps(backbone, images), spatial_features(backbone, images)
         except NoSpatialMapError as error:

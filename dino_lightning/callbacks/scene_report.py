@@ -105,11 +105,11 @@ Try next, on your own images:
     @torch.no_grad()
     def _look(self, backbone: VisionTransformer) -> _Sight:
         """A teacher's backbone, which has no stochastic depth, or an untrained one."""
-        device = next(backbone.parameters()).device
+        weight = next(backbone.parameters())
         (bank, labels, _), (queries, truth, masks) = self._bank, self._queries
 
         def chunks(images: Tensor) -> list[Tensor]:
-            return [normalize(chunk.to(device), self._data.mean, self._data.std) for chunk in images.split(256)]
+            return [normalize(chunk.to(weight.device), self._data.mean, self._data.std).to(weight.dtype) for chunk in images.split(256)]
 
         features = [torch.cat([backbone(chunk) for chunk in chunks(images)]).cpu() for images in (bank, queries)]
         accuracy, _ = knn_accuracy(features[0], labels, features[1], truth, k=self.k)
