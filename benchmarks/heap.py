@@ -22,7 +22,7 @@ from soak import megabytes
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import AttentionMaps
-from dino_lightning.datasets import Scenes
+from dino_lightning.data import Scenes
 
 _SAMPLES = 50
 

@@ -41,7 +41,7 @@ def train(folder: Path, minutes: float) -> None:
     """One rank; Lightning starts the other."""
     from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
     from dino_lightning.callbacks import AttentionMaps
-    from dino_lightning.datasets import Scenes
+    from dino_lightning.data import Scenes
 
     seed_everything(0)
     data = MultiCropDataModule(

@@ -9,7 +9,7 @@ import time
 import torch
 
 from dino_lightning import MultiCropDataModule
-from dino_lightning.datasets.views import collate_views
+from dino_lightning.data.views import collate_views
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()

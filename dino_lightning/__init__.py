@@ -4,13 +4,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino_lightning import evaluation, optim, schedules
+    from dino_lightning import evaluation
     from dino_lightning.backbones import VisionTransformer
+    from dino_lightning.backbones.head import DINOHead
     from dino_lightning.cli import train
-    from dino_lightning.datamodule import MultiCropDataModule
-    from dino_lightning.head import DINOHead
-    from dino_lightning.loss import DINOLoss
-    from dino_lightning.module import DINOModule
+    from dino_lightning.data.datamodule import MultiCropDataModule
+    from dino_lightning.losses.dino import DINOLoss
+    from dino_lightning.methods.dino import DINOModule
     from dino_lightning.weights import load_backbone
 
 __all__ = [
@@ -21,8 +21,6 @@ __all__ = [
     "VisionTransformer",
     "evaluation",
     "load_backbone",
-    "optim",
-    "schedules",
     "train",
 ]
 
@@ -30,10 +28,10 @@ __version__ = "0.1.0"
 
 # Imported when they are asked for: torch and Lightning take seconds, which the command line has not got to name a misspelt option.
 _HOME = {
-    "DINOHead": "head",
-    "DINOLoss": "loss",
-    "DINOModule": "module",
-    "MultiCropDataModule": "datamodule",
+    "DINOHead": "backbones.head",
+    "DINOLoss": "losses.dino",
+    "DINOModule": "methods.dino",
+    "MultiCropDataModule": "data.datamodule",
     "VisionTransformer": "backbones",
     "load_backbone": "weights",
     "train": "cli",

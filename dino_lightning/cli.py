@@ -31,13 +31,13 @@ from dino_lightning.callbacks import (
     StopOnSignal,
     Throughput,
 )
-from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.door.entrance import Call, enter, table
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
-from dino_lightning.module import DINOModule
-from dino_lightning.plan import check_epochs
+from dino_lightning.methods.dino import DINOModule
 from dino_lightning.tools import TOOLS
+from dino_lightning.training.plan import check_epochs
 from dino_lightning.weights.files import read_checkpoint
 
 

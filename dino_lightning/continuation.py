@@ -97,7 +97,7 @@ def continue_loggers(options: Namespace, checkpoint: str, saved: Mapping[str, An
             for name, value in {"save_dir": str(run.parents[1]), "name": run.parent.name, "version": run.name}.items():
                 logger.init_args[name] = value
         if kind == "CSVLogger":  # Lightning's begins a file anew
-            logger.class_path = "dino_lightning.loggers.AppendingCSVLogger"
+            logger.class_path = "dino_lightning.training.loggers.AppendingCSVLogger"
             known = ("save_dir", "name", "version")
             logger.init_args = Namespace(first_step=step, **{name: logger.init_args[name] for name in known})
         else:  # hides the steps that are taken again

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from dino_lightning import DINOModule
-from dino_lightning.datasets import Scenes
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dino_lightning.data import Scenes
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 
 class Segmenter(LightningModule):

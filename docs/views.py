@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dino_lightning import MultiCropDataModule
-from dino_lightning.datasets import read_image
-from dino_lightning.datasets.views import TrainingViews, collate_views
+from dino_lightning.data import read_image
+from dino_lightning.data.views import TrainingViews, collate_views
 
 
 def main(path: str) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import OnlineKNN, SaveEvery, StopOnSignal
-from dino_lightning.loggers import AppendingCSVLogger
+from dino_lightning.training.loggers import AppendingCSVLogger
 
 LIMIT = 60  # seconds for one
 SAVED = Path("checkpoints/last.ckpt")

@@ -12,8 +12,8 @@ from trajectory import Golden, build_loader, build_module, train
 
 from dino_lightning import DINOModule
 from dino_lightning.cli import main
-from dino_lightning.optim import is_decayed
 from dino_lightning.tools.adopt import lightning_checkpoint
+from dino_lightning.training.optim import is_decayed
 from dino_lightning.weights.files import read
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dino_lightning import VisionTransformer
-from dino_lightning.datasets import Scenes
+from dino_lightning.data import Scenes
 from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.features import extract_features, raw_pixels
 

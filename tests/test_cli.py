@@ -22,7 +22,7 @@ import dino_lightning
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer, recipes
 from dino_lightning.backbones import build
 from dino_lightning.cli import DINOCLI, main
-from dino_lightning.datasets import ImageFolder
+from dino_lightning.data import ImageFolder
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.features import extract_features
 from dino_lightning.tools import knn
@@ -449,7 +449,7 @@ def test_all_loggers_show_the_same_keys(run_dir, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    kinds = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger", "dino_lightning.loggers.WandbLogger")
+    kinds = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger", "dino_lightning.training.loggers.WandbLogger")
     # Whole paths: W&B's service of an earlier test lives in another folder.
     loggers = [{"class_path": kind, "init_args": {"save_dir": f"{run_dir}/runs/{kind.split('.')[-1]}"}} for kind in kinds]
     Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))

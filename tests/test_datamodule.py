@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.datasets import ImageFolder
-from dino_lightning.sampler import EpochSampler
+from dino_lightning.data import ImageFolder
+from dino_lightning.data.sampler import EpochSampler
 
 SMALL = dict(global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size=4, num_workers=0)
 

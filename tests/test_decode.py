@@ -1,4 +1,4 @@
-"""Every row of the rule in dino_lightning.datasets.decode, with pixel values worked out here by other means."""
+"""Every row of the rule in dino_lightning.data.decode, with pixel values worked out here by other means."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from dino_lightning.datasets import ChannelMismatch, UnreadableImage, as_array, read_image
+from dino_lightning.data import ChannelMismatch, UnreadableImage, as_array, read_image
 
 GRADIENT = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10  # RGB, 2 high, 4 wide, no two values alike
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)

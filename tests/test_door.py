@@ -19,8 +19,8 @@ from dino_lightning.cli import DINOCLI, main
 from dino_lightning.door import commands, errors, faces
 from dino_lightning.door.entrance import enter
 from dino_lightning.door.errors import UsageError
-from dino_lightning.guard import NonFiniteLossError
 from dino_lightning.tools import TOOLS
+from dino_lightning.training.guard import NonFiniteLossError
 
 # Each list of arguments in one process; what the command wrote, and whether anything heavy was imported.
 LIGHT = """
@@ -130,7 +130,7 @@ def test_the_door_refuses_nothing_that_the_parser_takes(tmp_path):
     for args in (
         ["--trainer.callbacks+=dino_lightning.callbacks.CollapseDoctor", "--trainer.callbacks.stop=true"],
         ["--model.backbone.init_args.embed_dim", "24", "--model.backbone=dino_lightning.VisionTransformer"],
-        ["--data.dataset=dino_lightning.datasets.Scenes", "--data.dataset.init_args.count", "8"],
+        ["--data.dataset=dino_lightning.data.Scenes", "--data.dataset.init_args.count", "8"],
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.name=--odd name"],
         ["--trainer.fast_dev_run=true", "--trainer.devices", "2", "--trainer.devices", "[0, 1]", "--checkpoint.save_last", "link"],
         ["--data.global_crops_size", "[32, 48]", "--data.mean", "[0.5]", "--model.lr=1e-4", "--trainer.gradient_clip_val", "null"],

@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer
 from dino_lightning import DINOModule, MultiCropDataModule
 from dino_lightning.callbacks import FeatureWriter
 from dino_lightning.cli import main
-from dino_lightning.datasets import ImageFiles, read_image
-from dino_lightning.multicrop import center_view
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
+from dino_lightning.data import ImageFiles, read_image
+from dino_lightning.data.multicrop import center_view
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.tools import feature_folder
 from dino_lightning.tools.extract import extract
 from dino_lightning.tools.feature_folder import read_features

@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dino_lightning import DINOModule, VisionTransformer
+from dino_lightning.classifiers.finetune import FineTune, layer_groups
 from dino_lightning.cli import main
-from dino_lightning.datasets import ImageFolder
-from dino_lightning.finetune import FineTune, layer_groups
-from dino_lightning.labelled import LabelledDataModule
-from dino_lightning.schedules import cosine_schedule
+from dino_lightning.data import ImageFolder
+from dino_lightning.data.labelled import LabelledDataModule
 from dino_lightning.tools.finetune import finetune
+from dino_lightning.training.schedules import cosine_schedule
 
 
 def vit(**options):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dino_lightning.datasets import IMAGE_EXTENSIONS, ImageFolder, UnreadableImage, find_splits
+from dino_lightning.data import IMAGE_EXTENSIONS, ImageFolder, UnreadableImage, find_splits
 
 LINKS = pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
 

@@ -15,7 +15,7 @@ from test_cli import SMALL, read_wandb
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import AttentionMaps, SceneReport
-from dino_lightning.datasets import Scenes
+from dino_lightning.data import Scenes
 
 SCRIPT = """
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ import wandb
 from PIL import Image
 from dino_lightning.callbacks.images import log_picture
 from dino_lightning.cli import main
-from dino_lightning.loggers import WandbLogger
+from dino_lightning.training.loggers import WandbLogger
 
 main(["fit", "--config", "small.yaml", "--data.root", "images", "--config", "wandb", "--trainer.default_root_dir", "runs",
       "--trainer.max_epochs", "1"])

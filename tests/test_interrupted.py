@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dino_lightning import DINOModule
-from dino_lightning.checkpoint_io import AtomicCheckpointIO
+from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
 
 SMALL = """
 seed_everything: 0

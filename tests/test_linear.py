@@ -10,14 +10,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dino_lightning import VisionTransformer
-from dino_lightning.classification import accuracies, cross_entropy
+from dino_lightning.classifiers.classification import accuracies, cross_entropy
+from dino_lightning.classifiers.probe import LinearProbe
 from dino_lightning.cli import main
-from dino_lightning.datasets import ImageFolder
-from dino_lightning.datasets.views import CropViews, EvaluationViews
+from dino_lightning.data import ImageFolder
+from dino_lightning.data.labelled import CachedFeatures, LabelledDataModule
+from dino_lightning.data.views import CropViews, EvaluationViews
 from dino_lightning.evaluation import linear_protocol, probe_features
 from dino_lightning.evaluation.features import extract_features
-from dino_lightning.labelled import CachedFeatures, LabelledDataModule
-from dino_lightning.probe import LinearProbe
 from dino_lightning.tools.linear import linear
 
 

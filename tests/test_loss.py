@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dino_lightning import DINOLoss
-from dino_lightning.schedules import linear_warmup
+from dino_lightning.training.schedules import linear_warmup
 
 
 def reference_loss(student, teacher, center, teacher_temp, student_temp=0.1):

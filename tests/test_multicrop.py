@@ -9,9 +9,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
-from dino_lightning.multicrop import MultiCrop, center_view, crop_box, resize
-from dino_lightning.painting import PAINT, paint
-from dino_lightning.randomness import generator
+from dino_lightning.data.multicrop import MultiCrop, center_view, crop_box, resize
+from dino_lightning.data.painting import PAINT, paint
+from dino_lightning.training.randomness import generator
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (97, 131, 3)).astype(np.uint8)
 

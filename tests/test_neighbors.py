@@ -12,7 +12,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dino_lightning.cli import main
-from dino_lightning.evaluation import near_duplicates, nearest, neighbors as search
+from dino_lightning.evaluation import near_duplicates, nearest
+from dino_lightning.evaluation import neighbors as search
 from dino_lightning.pictures import captioned
 from dino_lightning.tools.duplicates import duplicates
 from dino_lightning.tools.extract import extract

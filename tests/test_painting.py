@@ -8,7 +8,7 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from dino_lightning.painting import PAINT, SCHEDULE, paint
+from dino_lightning.data.painting import PAINT, SCHEDULE, paint
 
 FACTORS = [0.0, 0.1, 0.6, 0.7999, 0.999, 1.001, 1.2, 1.4, 2.0, 3.7]
 HUES = [-0.5, -0.31, -0.1, -0.05, -1e-6, 1e-6, 0.003, 0.05, 0.1, 0.25, 0.5]

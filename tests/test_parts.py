@@ -11,7 +11,7 @@ from torch import nn
 from dino_lightning import DINOHead, DINOModule, VisionTransformer
 from dino_lightning.backbones import build, feature_dim, features_at, redrawn
 from dino_lightning.evaluation import knn_accuracy
-from dino_lightning.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
+from dino_lightning.training.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
 
 VARIANTS = {
     "plain": dict(),

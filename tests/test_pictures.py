@@ -14,11 +14,11 @@ from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.backbones import redrawn
 from dino_lightning.callbacks import AttentionMaps, SceneReport
 from dino_lightning.cli import main
-from dino_lightning.datasets import Scenes, read_image
+from dino_lightning.data import Scenes, read_image
+from dino_lightning.data.multicrop import center_view, whole_view
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.attention import best_head_iou
-from dino_lightning.multicrop import center_view, whole_view
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.pictures import cut_out, framed, heat_map, rgb, sheet
 from dino_lightning.tools.attention import attention
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dino_lightning.schedules import cosine_schedule, linear_warmup
+from dino_lightning.training.schedules import cosine_schedule, linear_warmup
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])

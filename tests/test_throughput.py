@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lightning import DINOHead, DINOModule, VisionTransformer
 from dino_lightning.callbacks import Throughput
 from dino_lightning.evaluation.flops import flops_per_image
-from dino_lightning.networks import Network, Teacher
+from dino_lightning.methods.networks import Network, Teacher
 
 
 def test_operations_of_vit_small_as_counted_by_hand():

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dino_lightning import DINOModule, MultiCropDataModule
 from dino_lightning.cli import main
-from dino_lightning.datasets import frames
-from dino_lightning.datasets.frames import FolderFrames, VideoFrames, open_frames
+from dino_lightning.data import frames
+from dino_lightning.data.frames import FolderFrames, VideoFrames, open_frames
 from dino_lightning.tools.video import _SteadySpan, video
 
 av = pytest.importorskip("av")

@@ -9,10 +9,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.callbacks.images import log_picture
 from dino_lightning.callbacks.run_config import run_folder
-from dino_lightning.datamodule import MultiCropDataModule
+from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import NoSpatialMapError, spatial_features, spatial_maps
-from dino_lightning.painting import normalize
 from dino_lightning.pictures import attention_sheet, pca_sheet
 
 

@@ -20,7 +20,7 @@ from dino_lightning.evaluation.collapse import (
     too_many_prototypes,
 )
 from dino_lightning.evaluation.spread import feature_std, participation_ratio, view_agreement
-from dino_lightning.late import LateReading
+from dino_lightning.training.late import LateReading
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning.classification import without_repeats
+from dino_lightning.classifiers.classification import without_repeats
 from dino_lightning.evaluation import FeatureMetrics
 
 

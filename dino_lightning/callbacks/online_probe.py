@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from dino_lightning.classification import accuracies, linear_head, without_repeats
-from dino_lightning.plan import count_images
-from dino_lightning.randomness import seeded
+from dino_lightning.classifiers.classification import accuracies, linear_head, without_repeats
+from dino_lightning.training.plan import count_images
+from dino_lightning.training.randomness import seeded
 
 _HOST = torch.device("cpu")
 

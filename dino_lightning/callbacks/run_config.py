@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 
-from dino_lightning.plan import Unsaid
+from dino_lightning.training.plan import Unsaid
 
 
 class RunConfig(SaveConfigCallback):

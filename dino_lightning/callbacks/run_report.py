@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.run_config import run_folder
-from dino_lightning.datamodule import MultiCropDataModule
-from dino_lightning.plan import count_images, count_steps
+from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.training.plan import count_images, count_steps
 
 _SKIPPED = 2  # first steps, in which everything is slower
 _SECONDS = 10.0  # of steps, on which the estimate rests; fewer where the run is as short

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dino_lightning.callbacks.run_config import last_checkpoint
-from dino_lightning.late import LateReading
+from dino_lightning.training.late import LateReading
 
 _STEPS = 10  # between two agreements of several ranks on the time
 

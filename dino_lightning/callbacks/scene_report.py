@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from dino_lightning.backbones import VisionTransformer, redrawn
 from dino_lightning.callbacks.images import log_picture
 from dino_lightning.callbacks.run_config import run_folder
-from dino_lightning.datasets import Scenes
+from dino_lightning.data import Scenes
+from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.attention import mask_iou, mass_mask
 from dino_lightning.evaluation.features import raw_pixels
-from dino_lightning.painting import normalize
 from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
 
 _QUERIES_FIRST = 2 * 10**6  # far from any training scene
@@ -59,7 +59,7 @@ class SceneReport(Callback):
         backbone = pl_module.teacher.backbone
         if not isinstance(scenes, Scenes) or not isinstance(backbone, VisionTransformer) or trainer.datamodule.in_chans != 3:
             raise TypeError(
-                "SceneReport is for runs of a VisionTransformer on dino_lightning.datasets.Scenes in colour, got "
+                "SceneReport is for runs of a VisionTransformer on dino_lightning.data.Scenes in colour, got "
                 f"{type(backbone).__name__} on {type(scenes).__name__}; leave this callback out"
             )
         if not trainer.is_global_zero or trainer.fast_dev_run:

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
 from dino_lightning.callbacks.run_config import last_checkpoint
-from dino_lightning.late import LateReading
-from dino_lightning.resume import validate_again
+from dino_lightning.training.late import LateReading
+from dino_lightning.training.resume import validate_again
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dino_lightning.evaluation.flops import flops_per_image
-from dino_lightning.networks import split_views
+from dino_lightning.methods.networks import split_views
 
 _SECONDS = 2.0  # between two readings
 

@@ -17,8 +17,8 @@ COMMANDS = {
 
 # The options GROUP.NAME are the arguments of a class.
 _GROUPS = {
-    "data": ("dino_lightning.datamodule", "MultiCropDataModule"),
-    "model": ("dino_lightning.module", "DINOModule"),
+    "data": ("dino_lightning.data.datamodule", "MultiCropDataModule"),
+    "model": ("dino_lightning.methods.dino", "DINOModule"),
     "trainer": ("lightning.pytorch.trainer.trainer", "Trainer"),
     "checkpoint": ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
 }

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dino_lightning.datasets.views import EvaluationViews, PredictionViews
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.data.views import EvaluationViews, PredictionViews
 
 
 @torch.no_grad()

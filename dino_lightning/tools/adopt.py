@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from dino_lightning.module import DINOModule
-from dino_lightning.optim import build_optimizer, is_decayed
+from dino_lightning.methods.dino import DINOModule
 from dino_lightning.tools.training import new_file
+from dino_lightning.training.optim import build_optimizer, is_decayed
 from dino_lightning.weights.files import read
 
 # The reference's flags that bear the names of our options.

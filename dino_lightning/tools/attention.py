@@ -11,11 +11,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_lightning.datasets import ImageFolder, UnreadableImage, read_image
+from dino_lightning.data import ImageFolder, UnreadableImage, read_image
+from dino_lightning.data.multicrop import trim, whole_view
+from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features, spatial_maps
-from dino_lightning.multicrop import trim, whole_view
-from dino_lightning.painting import normalize
 from dino_lightning.pictures import attention_sheet, pca_sheet
 from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 

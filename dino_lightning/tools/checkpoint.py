@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
-from dino_lightning.module import DINOModule
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
+from dino_lightning.methods.dino import DINOModule
 from dino_lightning.weights import load_backbone
 from dino_lightning.weights.files import read_checkpoint
 

@@ -10,7 +10,7 @@ import yaml
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.module import DINOModule
+from dino_lightning.methods.dino import DINOModule
 from dino_lightning.tools.checkpoint import images_of, is_ours, load_module, training_size
 from dino_lightning.weights.export import export as write
 from dino_lightning.weights.package import Package

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.datasets import ImageFiles
+from dino_lightning.data import ImageFiles
 from dino_lightning.evaluation.features import features_with_paths
 from dino_lightning.finished import FEATURES, asked, names_hash, summary
-from dino_lightning.module import DINOModule
+from dino_lightning.methods.dino import DINOModule
 from dino_lightning.tools.checkpoint import images_of, load_module, weights_hash
 from dino_lightning.tools.feature_folder import FeatureFolder
 from dino_lightning.tools.parquet import check_pyarrow, write_parquet

@@ -5,13 +5,13 @@ from typing import Literal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from dino_lightning.classification import Standing
-from dino_lightning.finetune import FineTune
-from dino_lightning.labelled import LabelledDataModule
-from dino_lightning.randomness import seeded
+from dino_lightning.classifiers.classification import Standing
+from dino_lightning.classifiers.finetune import FineTune
+from dino_lightning.data.labelled import LabelledDataModule
 from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.folders import labelled_folders
 from dino_lightning.tools.training import new_file, print_standings, train_classifier
+from dino_lightning.training.randomness import seeded
 
 
 def finetune(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dino_lightning.datasets import ImageFolder
+from dino_lightning.data import ImageFolder
 
 
 def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[ImageFolder, ImageFolder]:

@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.classification import Standing
-from dino_lightning.datasets import ImageFolder
+from dino_lightning.classifiers.classification import Standing
+from dino_lightning.classifiers.probe import RATES, LinearProbe
+from dino_lightning.data import ImageFolder
+from dino_lightning.data.labelled import CachedFeatures, LabelledDataModule
 from dino_lightning.evaluation.features import extract_features
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
-from dino_lightning.labelled import CachedFeatures, LabelledDataModule
-from dino_lightning.probe import RATES, LinearProbe
-from dino_lightning.randomness import seeded
 from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.folders import labelled_folders
 from dino_lightning.tools.training import new_file, print_standings, train_classifier
+from dino_lightning.training.randomness import seeded
 
 
 def linear(

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dino_lightning.datasets import ImageFiles
+from dino_lightning.data import ImageFiles
 from dino_lightning.evaluation.features import features_with_paths
 from dino_lightning.evaluation.neighbors import nearest
 from dino_lightning.pictures import sheet

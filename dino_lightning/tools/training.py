@@ -9,8 +9,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dino_lightning.checkpoint_io import AtomicCheckpointIO
-from dino_lightning.classification import Standing
+from dino_lightning.classifiers.classification import Standing
+from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
+
 
 def train_classifier(
     module: LightningModule,

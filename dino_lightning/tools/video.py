@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_lightning.datasets.frames import import_av, open_frames
+from dino_lightning.data.frames import import_av, open_frames
+from dino_lightning.data.multicrop import whole_view
+from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import SpatialMaps, side_multiple, spatial_maps
-from dino_lightning.multicrop import whole_view
-from dino_lightning.painting import normalize
 from dino_lightning.pictures import cut_out, framed, heat_map, rgb, sheet
 from dino_lightning.tools.checkpoint import images_of, load_module
 

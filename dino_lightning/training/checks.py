@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lightning.backbones import VisionTransformer, features_at
-from dino_lightning.networks import Network
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ def check_saving(trainer: Trainer) -> None:
         )
 
 
-def warn_of_local_batch_norms(trainer: Trainer, student: Network) -> None:
+def warn_of_local_batch_norms(trainer: Trainer, student: nn.Module) -> None:
     """Batch norms of several devices should share their statistics, as in the reference."""
     local = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in student.modules())
     if trainer.world_size > 1 and local:
@@ -147,7 +146,7 @@ def warn_of_local_batch_norms(trainer: Trainer, student: Network) -> None:
 
 
 @torch.no_grad()
-def check_views(views: Sequence[Tensor], student: Network) -> None:
+def check_views(views: Sequence[Tensor], student: nn.Module) -> None:
     """Raises ValueError if the backbone cannot take one of the view sizes, or gives another width there."""
     for view in {view.shape[-2:]: view for view in views}.values():
         width = features_at(student.backbone, view[:1]).shape[1]

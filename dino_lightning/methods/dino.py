@@ -13,7 +13,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from dino_lightning import resume
 from dino_lightning.backbones import (
     VisionTransformer,
     build,
@@ -22,7 +21,12 @@ from dino_lightning.backbones import (
     freeze_unused,
     warn_of_classifier,
 )
-from dino_lightning.checks import (
+from dino_lightning.backbones.head import DINOHead
+from dino_lightning.losses.dino import DINOLoss
+from dino_lightning.methods.networks import Network, Teacher, split_views
+from dino_lightning.training import resume
+from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
+from dino_lightning.training.checks import (
     check_options,
     check_saving,
     check_trainer,
@@ -30,14 +34,10 @@ from dino_lightning.checks import (
     finds_batch_size,
     warn_of_local_batch_norms,
 )
-from dino_lightning.checkpoint_io import AtomicCheckpointIO
-from dino_lightning.guard import NonFiniteGuard
-from dino_lightning.head import DINOHead
-from dino_lightning.loss import DINOLoss
-from dino_lightning.networks import Network, Teacher, split_views
-from dino_lightning.optim import build_optimizer, clip_each_, gradient_norms
-from dino_lightning.plan import Plan, Unsaid, check_length
-from dino_lightning.randomness import seeded
+from dino_lightning.training.guard import NonFiniteGuard
+from dino_lightning.training.optim import build_optimizer, clip_each_, gradient_norms
+from dino_lightning.training.plan import Plan, Unsaid, check_length
+from dino_lightning.training.randomness import seeded
 from dino_lightning.weights.load import start_from
 from dino_lightning.weights.networks import facts_of
 
@@ -178,7 +178,7 @@ class DINOModule(LightningModule):
         if self._plan is None:
             raise RuntimeError(
                 "DINOModule trains in a Trainer, which tells it the length of the run: Trainer(...).fit(module, loader). "
-                "In a loop of your own use its parts: DINOLoss, DINOHead, VisionTransformer and dino_lightning.schedules"
+                "In a loop of your own use its parts: DINOLoss, DINOHead, VisionTransformer and dino_lightning.training.schedules"
             )
         self.update_teacher()  # already done, unless a subclass overrides on_train_batch_end
         views = split_views(batch)

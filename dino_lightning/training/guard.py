@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from dino_lightning.late import LateReading
+from dino_lightning.training.late import LateReading
 
 
 class NonFiniteLossError(RuntimeError):

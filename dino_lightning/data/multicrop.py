@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_lightning.painting import PAINT
-from dino_lightning.randomness import generator
+from dino_lightning.data.painting import PAINT
+from dino_lightning.training.randomness import generator
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a crop, log-uniform
 

@@ -6,7 +6,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 from torch.utils.data import DistributedSampler, SequentialSampler
 
-from dino_lightning.randomness import generator
+from dino_lightning.training.randomness import generator
 
 
 class EpochSampler(DistributedSampler):

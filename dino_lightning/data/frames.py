@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from dino_lightning.datasets.decode import UnreadableImage, as_array, read_image
+from dino_lightning.data.decode import UnreadableImage, as_array, read_image
 from dino_lightning.listing import IMAGE_EXTENSIONS
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from dino_lightning.datasets.decode import read_image
+from dino_lightning.data.decode import read_image
 from dino_lightning.listing import list_images
 
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from dino_lightning.datasets.decode import read_image
-from dino_lightning.datasets.image_folder import pack_names
+from dino_lightning.data.decode import read_image
+from dino_lightning.data.image_folder import pack_names
 from dino_lightning.listing import list_named
 
 

@@ -5,7 +5,7 @@ import logging
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 
-from dino_lightning.datasets.views import Unpainted
+from dino_lightning.data.views import Unpainted
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2.functional import resized_crop
 
-from dino_lightning.datasets.decode import UnreadableImage, as_array
-from dino_lightning.multicrop import MultiCrop, center_view, crop_box
-from dino_lightning.randomness import generator
+from dino_lightning.data.decode import UnreadableImage, as_array
+from dino_lightning.data.multicrop import MultiCrop, center_view, crop_box
+from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)
 

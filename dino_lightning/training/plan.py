@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-from dino_lightning.schedules import cosine_schedule, linear_warmup
+from dino_lightning.training.schedules import cosine_schedule, linear_warmup
 
 log = logging.getLogger(__name__)
 

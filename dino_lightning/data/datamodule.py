@@ -14,14 +14,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dino_lightning.datasets import ImageFolder, find_splits
-from dino_lightning.datasets.unreadable import UnreadableLedger
-from dino_lightning.datasets.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
-from dino_lightning.multicrop import MultiCrop
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
-from dino_lightning.randomness import generator
-from dino_lightning.sampler import training_sampler
-from dino_lightning.workers import follow_the_parent
+from dino_lightning.data import ImageFolder, find_splits
+from dino_lightning.data.multicrop import MultiCrop
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
+from dino_lightning.data.sampler import training_sampler
+from dino_lightning.data.unreadable import UnreadableLedger
+from dino_lightning.data.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
+from dino_lightning.data.workers import follow_the_parent
+from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dino_lightning.backbones import example_images
-from dino_lightning.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
+from dino_lightning.classifiers.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
-from dino_lightning.plan import count_images
-from dino_lightning.schedules import cosine_schedule
+from dino_lightning.training.plan import count_images
+from dino_lightning.training.schedules import cosine_schedule
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 

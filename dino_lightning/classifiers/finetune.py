@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dino_lightning.backbones import VisionTransformer, example_images, feature_dim, freeze_unused
-from dino_lightning.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
-from dino_lightning.optim import is_decayed
-from dino_lightning.plan import count_images, count_steps
-from dino_lightning.randomness import seeded
-from dino_lightning.schedules import cosine_schedule
+from dino_lightning.classifiers.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
+from dino_lightning.training.optim import is_decayed
+from dino_lightning.training.plan import count_images, count_steps
+from dino_lightning.training.randomness import seeded
+from dino_lightning.training.schedules import cosine_schedule
 
 log = logging.getLogger(__name__)
 

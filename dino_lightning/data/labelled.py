@@ -8,9 +8,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning.datasets.views import CropViews, EvaluationViews
-from dino_lightning.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
-from dino_lightning.sampler import training_sampler
+from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
+from dino_lightning.data.sampler import training_sampler
+from dino_lightning.data.views import CropViews, EvaluationViews
 
 
 class LabelledDataModule(LightningDataModule):
@@ -20,7 +20,7 @@ class LabelledDataModule(LightningDataModule):
     label -1, as what has no label.
 
     Args:
-        train: yields (image, label), for example a ``datasets.ImageFolder``.
+        train: yields (image, label), for example a ``data.ImageFolder``.
         queries: to validate with, likewise.
         size: (H, W) in pixels.
         in_chans: channels of the images.

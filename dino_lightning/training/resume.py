@@ -6,8 +6,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-from dino_lightning.checkpoint_io import sweep
-from dino_lightning.plan import Plan
+from dino_lightning.training.checkpoint_io import sweep
+from dino_lightning.training.plan import Plan
 
 log = logging.getLogger(__name__)
 

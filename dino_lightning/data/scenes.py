@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dino_lightning.randomness import generator
+from dino_lightning.training.randomness import generator
 
 _HUES = 16
 

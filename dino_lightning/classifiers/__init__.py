@@ -1,0 +1,1 @@
+"""Classifiers with labels, on features or a trained backbone."""

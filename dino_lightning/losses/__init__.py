@@ -1,0 +1,1 @@
+"""Objectives: modules and functions of tensors."""

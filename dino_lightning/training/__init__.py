@@ -1,0 +1,1 @@
+"""The mechanics of a run: what it plans, refuses, saves and goes on with."""
