@@ -101,7 +101,7 @@ class DINOCLI(LightningCLI):
         path = options.get("ckpt_path")
         if path and Path(path).is_file():
             saved = read_checkpoint(path)
-            if self.config.subcommand == "fit" and "loops" not in saved:
+            if self.config.subcommand == "fit" and "optimizer_states" not in saved:
                 raise ValueError(
                     f"{path} holds weights only (save_weights_only): a run cannot go on from it; begin one with --model.weights {path}"
                 )

@@ -243,6 +243,7 @@ def test_nothing_but_unreadable_images(image_folder):
         fit(MultiCropDataModule(image_folder, **SMALL))
 
 
+@pytest.mark.slow
 def test_the_batch_size_that_the_finder_finds_is_trained_with(image_folder, tmp_path):
     def start(batch_size, **options):
         torch.manual_seed(0)

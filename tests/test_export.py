@@ -80,7 +80,7 @@ def test_weights_give_the_same_features(form, name, patch_size, other, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export"])
-@pytest.mark.parametrize("name, patch_size, size", [("vit_tiny", 16, (224, 224)), ("vit_small", 14, (56, 98)), ("vit_base", 8, (64, 40))])
+@pytest.mark.parametrize("name, patch_size, size", [("vit_tiny", 16, (224, 224)), ("vit_small", 14, (56, 98)), pytest.param("vit_base", 8, (64, 40), marks=pytest.mark.slow)])
 def test_graphs_give_the_same_features(form, name, patch_size, size, tmp_path):
     assert_same_features(form, short(name, patch_size), size, tmp_path / "out")
 
@@ -123,7 +123,7 @@ def test_torchhub_has_the_names_of_the_reference(golden, tmp_path):
     assert all(torch.equal(weights[name], value) for name, value in g.part("state.").items())
 
 
-@pytest.mark.parametrize("form", ["torchvision", "timm", "safetensors", "onnx"])
+@pytest.mark.parametrize("form", ["torchvision", "timm", "safetensors", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_resnet50(form, tmp_path):
     torch.manual_seed(0)
     backbone = build("resnet50").eval()

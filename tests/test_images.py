@@ -48,6 +48,7 @@ def wandb_pictures(folder, key):
     return found
 
 
+@pytest.mark.slow
 def test_wandb_records_the_pictures_and_once_across_a_resume(tmp_path, image_folder, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
