@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def ends(tmp_path_factory):
     write_images(folder / "images", 24)
     (write_labelled(folder / "two") / "images").rename(folder / "labelled")
     command = [sys.executable, str(Path(__file__).parent / "exit_paths.py"), str(folder), *ENDS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
