@@ -17,7 +17,7 @@ from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.training.plan import count_images, count_steps
 
 _SKIPPED = 2  # first steps, in which everything is slower
-_SECONDS = 10.0  # of steps, on which the estimate rests; fewer where the run is as short
+_SECONDS, _STEPS = 10.0, 50  # on which the estimate rests; fewer where epochs are shorter
 _PATIENCE = 30.0  # seconds after which slow steps are enough of them
 _LONG = 6 * 3600.0  # seconds of a run on a CPU, from which on it says what else there is
 
@@ -68,9 +68,11 @@ class RunReport(Callback):
             return
         if trainer.global_step - self._first <= _SKIPPED and now - self._began < _PATIENCE:
             self._since, self._timed = now, trainer.global_step
-        elif now - self._since >= _PATIENCE or (timed >= 3 and (now - self._since >= _SECONDS or trainer.is_last_batch)):
+            return
+        spent = now - self._since
+        if spent >= _PATIENCE or (timed >= _STEPS and spent >= _SECONDS) or (timed >= 3 and trainer.is_last_batch):
             self._told = True
-            pace = (now - self._since) / timed
+            pace = spent / timed
             seconds = pace * (trainer.estimated_stepping_batches - trainer.global_step)
             line = f"about {_duration(seconds)} to go ({pace:.2g} s a step), without validation"
             if pl_module.device.type == "cpu" and seconds > _LONG:
