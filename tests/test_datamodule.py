@@ -256,7 +256,7 @@ def test_the_batch_size_that_the_finder_finds_is_trained_with(image_folder, tmp_
     module, data, trainer = start(4)
     assert Tuner(trainer).scale_batch_size(module, datamodule=data, init_val=16) == data.batch_size == 24, "all images there are"
     trainer.fit(module, data)
-    assert module.global_step == 2 and module._plan.images_per_step == 24 and module._plan.lr == 0.1 * 24 / 256
+    assert module.global_step == 2 and module._layout["images_per_step"] == 24 and module._plan.lr == 0.1 * 24 / 256
 
     module, data, trainer = start(4, callbacks=[BatchSizeFinder(max_trials=3)])
     trainer.fit(module, data)

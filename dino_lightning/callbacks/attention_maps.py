@@ -39,7 +39,7 @@ class AttentionMaps(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images = None
-        backbone, data = pl_module.teacher.backbone, trainer.datamodule
+        backbone, data = pl_module.evaluated.backbone, trainer.datamodule
         if trainer.fast_dev_run:
             return
         if not isinstance(data, MultiCropDataModule):
@@ -64,7 +64,7 @@ class AttentionMaps(Callback):
         step = self._drawn = trainer.global_step
         if self._images is None or not len(self._images):
             return
-        data, backbone = trainer.datamodule, pl_module.teacher.backbone
+        data, backbone = trainer.datamodule, pl_module.evaluated.backbone
         images = trainer.precision_plugin.convert_input(normalize(self._images.to(pl_module.device), data.mean, data.std))
         try:
             (maps, names, what), features = spatial_maps(backbone, images), spatial_features(backbone, images)

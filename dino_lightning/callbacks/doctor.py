@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_lightning.evaluation.collapse import (
     Signs,
@@ -50,27 +50,17 @@ class CollapseDoctor(Callback):
         self.expected_loss = {int(step): loss for step, loss in (expected_loss or {}).items()}  # keys of a YAML file are text
         self._told: list[str] = []
         self._first: dict[str, float] = {}  # loss, rank and spread at the beginning
-        self._hook: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._out_dim = pl_module.loss.center.shape[1]
+        self._out_dim = pl_module.options["out_dim"]
         self._suspected, self._lasted, self._stuck = "", 0, 0
         self._share_used: Tensor | None = None  # known after a window
-        self._seen: tuple[Tensor, Tensor] | None = None
         self._reading: tuple[LateReading, int] | None = None
         self._begin(pl_module.device)
-        self._hook = pl_module.teacher.head.register_forward_hook(self._see)
         if trainer.global_step == 0:
             self._told, self._first = [], {}
             images = _count_images(trainer)
             self._tell(trainer, too_many_prototypes(self._out_dim, images) if images else None)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._hook.remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._hook is not None:
-            self._hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
         return {"told": list(self._told), "first": dict(self._first)}
@@ -84,26 +74,23 @@ class CollapseDoctor(Callback):
     ) -> None:
         if self._reading is not None:
             self._judge(trainer)
-        if self._seen is None or "kl" not in outputs:  # a subclass's own training_step
+        if pl_module.observed is None or "kl" not in outputs:  # a subclass's own training_step
             return
-        (features, logits), self._seen = self._seen, None  # (2·B, D), (2·B, K)
+        features, logits, center = pl_module.observed  # (2·B, D), (2·B, K), (1, K)
         entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
         first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
         self._sums += torch.stack([entropy + kl, entropy, kl, *spread, *first])
-        strongest = (logits - pl_module.loss.center).argmax(dim=1)
+        strongest = (logits - center).argmax(dim=1)
         self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
         if self._batches == _WINDOW:
             self._close(trainer, pl_module.device)
         names = ("train/feature_std", "train/feature_rank", "train/view_agreement")
         pl_module.log_dict(dict(zip(names, spread)))
-        pl_module.log("train/center_norm", pl_module.loss.center.norm())
+        pl_module.log("train/center_norm", center.norm())
         if self._share_used is not None:
             pl_module.log("train/prototypes_used", self._share_used)
-
-    def _see(self, head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-        self._seen = inputs[0].detach(), logits.detach()
 
     def _begin(self, device: torch.device) -> None:
         self._batches = 0

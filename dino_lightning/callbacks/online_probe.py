@@ -7,9 +7,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from dino_lightning.classifiers.classification import accuracies, linear_head, without_repeats
+from dino_lightning.methods.base import Method
 from dino_lightning.training.plan import count_images
 from dino_lightning.training.randomness import seeded
 
@@ -41,17 +41,15 @@ class OnlineProbe(Callback):
         self._head: nn.Linear | None = None  # known with the width of the first features
         self._optimizer: torch.optim.SGD | None = None
         self._saved: dict[str, Any] = {}  # what a checkpoint holds of them
-        self._hook: RemovableHandle | None = None
         self._images: int | None = None  # of a step
         self._labels: Tensor | None = None  # of the batch under way
-        self._features: Tensor | None = None  # (2·B, D) of the batch under way
         self._sums: list[Tensor] = []  # since the last step: gradients of the summed loss, that loss, and the number of samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not hasattr(getattr(pl_module, "teacher", None), "backbone"):
-            raise TypeError(f"OnlineProbe is for a DINOModule, got {type(pl_module).__name__}")
+        if not isinstance(pl_module, Method):
+            raise TypeError(f"OnlineProbe is for a method of this package such as DINOModule, got {type(pl_module).__name__}")
         self._classes = self.num_classes or len(getattr(trainer.datamodule, "classes", None) or ())
         if self._classes < 2:
             raise ValueError(
@@ -63,7 +61,6 @@ class OnlineProbe(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._images, self._labels, self._sums = None, None, []
         self._metrics = accuracies(self._classes).to(pl_module.device)
-        self._hook = pl_module.teacher.head.register_forward_hook(self._catch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         labels = batch[1] if isinstance(batch, list | tuple) and len(batch) > 1 and isinstance(batch[0], list | tuple) else None
@@ -73,15 +70,14 @@ class OnlineProbe(Callback):
             if labels.max() >= self._classes:
                 raise ValueError(f"a label is {int(labels.max())}, but with num_classes={self._classes} they end before that")
             self._images = count_images(trainer, first_batch_size=len(labels))
-        self._labels, self._features = labels, None
+        self._labels = labels
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds up the gradients of a micro-batch. Each of its global crops counts as a sample."""
-        features, labels = self._features, self._labels
-        self._features, self._labels = None, None
-        if features is None:
-            raise RuntimeError("OnlineProbe found no features: the training step did not call the teacher")
-        features = features.float()
+        seen, (labels, self._labels) = pl_module.observed, (self._labels, None)
+        if seen is None:
+            raise RuntimeError("OnlineProbe found no features: the training step did not set `observed`, as those of the methods do")
+        features = seen.features.detach().float()  # (2·B, D)
         labels = labels.repeat(len(features) // len(labels))  # views-major
         if self._head is None:
             self._begin(features)
@@ -126,12 +122,6 @@ class OnlineProbe(Callback):
         self._metrics.reset()
         pl_module.log_dict({f"val/probe_{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
-
     def state_dict(self) -> dict[str, Any]:
         if self._head is None:
             return self._saved
@@ -149,12 +139,3 @@ class OnlineProbe(Callback):
             self._head.load_state_dict(self._saved["head"])
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._saved = {}
-
-    def _catch(self, head: nn.Module, inputs: tuple[Tensor], logits: Tensor) -> None:
-        if self._labels is not None:  # the last call before the backward pass is that of the training step
-            self._features = inputs[0].detach()
-
-    def _release(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None

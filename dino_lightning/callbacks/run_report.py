@@ -43,8 +43,8 @@ class RunReport(Callback):
         folder, images, device = run_folder(trainer), count_images(trainer, first_batch_size=0), _device(trainer)
         if not trainer.is_global_zero:
             return
-        size = sum(parameter.numel() for parameter in pl_module.student.backbone.parameters()) / 1e6
-        name = pl_module.backbone_name or type(pl_module.student.backbone).__name__
+        size = sum(parameter.numel() for parameter in pl_module.trained.backbone.parameters()) / 1e6
+        name = pl_module.backbone_name or type(pl_module.trained.backbone).__name__
         step = f" of {images} images" if images else ""
         _table(
             images=_images(trainer),

@@ -56,7 +56,7 @@ class SceneReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scenes = getattr(trainer.datamodule, "dataset", None)
-        backbone = pl_module.teacher.backbone
+        backbone = pl_module.evaluated.backbone
         if not isinstance(scenes, Scenes) or not isinstance(backbone, VisionTransformer) or trainer.datamodule.in_chans != 3:
             raise TypeError(
                 "SceneReport is for runs of a VisionTransformer on dino_lightning.data.Scenes in colour, got "
@@ -80,7 +80,7 @@ class SceneReport(Callback):
         folder = Path(run_folder(trainer))
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
-        after = self._look(pl_module.teacher.backbone)
+        after = self._look(pl_module.evaluated.backbone)
         path = folder / "pictures" / "before_after.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture = self._picture(after)

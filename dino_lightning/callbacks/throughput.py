@@ -7,7 +7,6 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dino_lightning.evaluation.flops import flops_per_image
 from dino_lightning.methods.networks import split_views
 
 _SECONDS = 2.0  # between two readings
@@ -40,7 +39,7 @@ class Throughput(Callback):
         if self._flops is None:
             with trainer.precision_plugin.forward_context():
                 views = [view[:1] for view in split_views(batch)]
-                self._flops = flops_per_image(pl_module.student, pl_module.teacher, views)
+                self._flops = pl_module.flops_per_image(views)
             self._forget()
         self._waited += time.perf_counter() - self._ended
 

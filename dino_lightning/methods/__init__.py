@@ -1,1 +1,22 @@
 """Pre-training methods, one a file."""
+
+import importlib
+
+METHODS = {"dino": "DINOModule"}  # name, which is that of its file, and class; nothing is imported before it is asked for
+
+
+def home(name: str) -> tuple[str, str]:
+    """The module and the class of a method.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if name not in METHODS:
+        raise ValueError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    return f"{__name__}.{name}", METHODS[name]
+
+
+def method_class(name: str) -> type:
+    """The LightningModule of a method, by its name."""
+    module, owner = home(name)
+    return getattr(importlib.import_module(module), owner)

@@ -1,4 +1,4 @@
-"""Student and teacher: a backbone and a head that see views of several sizes."""
+"""Student and teacher: a backbone and its heads, and what follows them."""
 
 import copy
 from collections import defaultdict
@@ -33,18 +33,23 @@ def split_views(batch: Any) -> list[Tensor]:
 
 
 class Network(nn.Module):
-    """A backbone and a head. State-dict keys are ``backbone.*`` and ``head.*``, as in the reference's checkpoints."""
+    """A backbone and a head. State-dict keys are ``backbone.*`` and ``head.*``, as in the reference's checkpoints.
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    A method with other heads names them: ``Network(backbone, dino_head=..., ibot_head=...)``.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module | None = None, **heads: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = head
+        for name, part in {**({"head": head} if head is not None else {}), **heads}.items():
+            self.add_module(name, part)
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
-        """V views (B, C, H, W), of any sizes in any order → logits (V·B, K), views-major.
+        """V views (B, C, H, W), of any sizes in any order → logits (V·B, K), views-major; the head is called once on everything."""
+        return self.head(self.embed(views))
 
-        All views of one size share one call of the backbone; the head is called once on everything.
-        """
+    def embed(self, views: Sequence[Tensor]) -> Tensor:
+        """V views → features (V·B, D), views-major. All views of one size share one call of the backbone."""
         by_size: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, view in enumerate(views):
             by_size[tuple(view.shape[-2:])].append(i)
@@ -53,7 +58,18 @@ class Network(nn.Module):
             together = self.backbone(torch.cat([views[i] for i in indices]))
             for i, part in zip(indices, together.chunk(len(indices))):
                 features[i] = part
-        return self.head(torch.cat(features))
+        return torch.cat(features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) → features (B, D), with the batch norms' running statistics."""
+        modes = {norm: norm.training for norm in batch_norms(self.backbone)}
+        for norm in modes:
+            norm.training = False
+        try:
+            return self.backbone(images)
+        finally:
+            for norm, training in modes.items():
+                norm.training = training
 
 
 class Teacher(Network):
@@ -64,13 +80,13 @@ class Teacher(Network):
     """
 
     def __init__(self, student: Network) -> None:
-        super().__init__(copy.deepcopy(student.backbone), copy.deepcopy(student.head))
+        super().__init__(**{name: copy.deepcopy(part) for name, part in student.named_children()})
         self.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> "Teacher":
         super().train(False)
-        for norm in self._batch_norms():
+        for norm in batch_norms(self):
             norm.train(True)
         return self
 
@@ -79,14 +95,6 @@ class Teacher(Network):
         """θ_t ← m·θ_t + (1 − m)·θ_s for all parameters; buffers stay the teacher's own."""
         torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), 1 - momentum)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) → features (B, D), with the batch norms' running statistics."""
-        for norm in self._batch_norms():
-            norm.train(False)
-        try:
-            return self.backbone(images)
-        finally:
-            self.train()
 
-    def _batch_norms(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]

@@ -72,7 +72,7 @@ def attention(
     if pca and pca_path.exists() and not _is_ours(pca_path):
         raise FileExistsError(f"{pca_path} is not a picture of this command, which would overwrite it; choose another output")
     module = load_module(checkpoint)
-    backbone, shown = module.teacher.backbone, images_of(module, image_size, mean, std)
+    backbone, shown = module.evaluated.backbone, images_of(module, image_size, mean, std)
     size = 2 * min(shown.size) if image_size is None else image_size
     networks = [backbone, untrained(module)] if compare else [backbone]
     overlaps: dict[str, float | None] = {}

@@ -10,12 +10,14 @@ from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
+from dino_lightning.methods import method_class
+from dino_lightning.methods.base import Method
 from dino_lightning.methods.dino import DINOModule
 from dino_lightning.weights import load_backbone
 from dino_lightning.weights.files import read_checkpoint
 
 
-def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teacher") -> DINOModule:
+def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teacher") -> Method:
     """The module of a checkpoint of ``dino-lightning fit``, in evaluation mode, on the accelerator if there is one.
 
     Whatever else ``load_backbone`` takes comes as the backbone of a module with an untrained head.
@@ -26,17 +28,17 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint of a DINOModule, or its weights are of another network than it says.
+        ValueError: if it is no checkpoint of a method, or its weights are of another network than it says.
     """
     if not is_ours(checkpoint):
         return _on_device(_with_backbone(load_backbone(checkpoint, network=network)))
     saved = read_checkpoint(checkpoint)
     weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
-    if not any(name.startswith("teacher.backbone.") for name in weights):
+    if not any(".backbone." in name for name in weights):
         held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{checkpoint} holds no DINOModule, but {held}; expected a checkpoint of dino-lightning fit")
+        raise ValueError(f"{checkpoint} holds no module of a method, but {held}; expected a checkpoint of dino-lightning fit")
     try:
-        module = DINOModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
+        module = method_class(saved.get("method", "dino")).load_from_checkpoint(checkpoint, map_location="cpu").eval()
     except RuntimeError as error:
         raise ValueError(f"the weights in {checkpoint} are of another network than its options describe: {error}") from error
     return _on_device(module)
@@ -53,7 +55,7 @@ def _with_backbone(backbone: nn.Module) -> DINOModule:
     return DINOModule(backbone, img_size=tuple(size), in_chans=in_chans, out_dim=2, hidden_dim=8, bottleneck_dim=8).eval()
 
 
-def _on_device(module: DINOModule) -> DINOModule:
+def _on_device(module: Method) -> Method:
     return module.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
 
 
@@ -67,7 +69,7 @@ class Images(NamedTuple):
 
 
 def images_of(
-    module: DINOModule, image_size: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    module: Method, image_size: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Images:
     """As in its training, where nothing else is asked for: the one rule of all tools.
 
@@ -86,27 +88,27 @@ def images_of(
     )
 
 
-def training_size(module: DINOModule) -> tuple[int, int]:
+def training_size(module: Method) -> tuple[int, int]:
     """(H, W) in pixels of its global crops; of weights of other origins, of the grid of their positions."""
-    backbone, size = module.teacher.backbone, module.images.get("size", module.options["img_size"])
+    backbone, size = module.evaluated.backbone, module.images.get("size", module.options["img_size"])
     if isinstance(backbone, VisionTransformer) and "size" not in module.images:
         return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def weights_hash(module: DINOModule) -> str:
-    """SHA-256 (hexadecimal) of the teacher's backbone, on which its features depend: names, shapes and bytes of its state."""
+def weights_hash(module: Method) -> str:
+    """SHA-256 (hexadecimal) of the evaluated backbone, on which its features depend: names, shapes and bytes of its state."""
     digest = hashlib.sha256()
-    for name, value in module.teacher.backbone.state_dict().items():
+    for name, value in module.evaluated.backbone.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def untrained(module: DINOModule) -> nn.Module:
+def untrained(module: Method) -> nn.Module:
     """Its backbone as it was before training, with other random numbers."""
     if module.backbone_name is None:
-        return redrawn(module.teacher.backbone)
+        return redrawn(module.evaluated.backbone)
     shape = {name: module.options[name] for name in ("patch_size", "img_size", "in_chans", "drop_path_rate")}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

@@ -10,7 +10,7 @@ import yaml
 
 import dino_lightning
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.methods.dino import DINOModule
+from dino_lightning.methods.base import Method
 from dino_lightning.tools.checkpoint import images_of, is_ours, load_module, training_size
 from dino_lightning.weights.export import export as write
 from dino_lightning.weights.package import Package
@@ -56,7 +56,7 @@ def export(
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}; README.md says how to load it")
 
 
-def _card(checkpoint: str, package: Package, network: str, module: DINOModule) -> str:
+def _card(checkpoint: str, package: Package, network: str, module: Method) -> str:
     """Architecture, data, recipe, k-NN, command and version, as far as the run's folder tells them."""
     backbone, ours = package.backbone, is_ours(checkpoint)
     config = _run_config(checkpoint) if ours else {}
@@ -86,10 +86,10 @@ def _run_config(checkpoint: str) -> dict[str, Any]:
     return yaml.safe_load(file.read_text()) if file.is_file() else {}
 
 
-def _crops(module: DINOModule) -> dict[str, str]:
+def _crops(module: Method) -> dict[str, str]:
     """The size that was trained: the global crops of the run, or where that is not known, the size of a ViT's positions."""
     size = module.images.get("size")
-    if size is None and not isinstance(module.teacher.backbone, VisionTransformer):
+    if size is None and not isinstance(module.evaluated.backbone, VisionTransformer):
         return {}
     height, width = training_size(module)
     return {"trained at": f"{height}×{width} pixels" + " (global crops)" * (size is not None)}

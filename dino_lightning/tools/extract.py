@@ -14,7 +14,7 @@ from dino_lightning.backbones import VisionTransformer
 from dino_lightning.data import ImageFiles
 from dino_lightning.evaluation.features import features_with_paths
 from dino_lightning.finished import FEATURES, asked, names_hash, summary
-from dino_lightning.methods.dino import DINOModule
+from dino_lightning.methods.base import Method
 from dino_lightning.tools.checkpoint import images_of, load_module, weights_hash
 from dino_lightning.tools.feature_folder import FeatureFolder
 from dino_lightning.tools.parquet import check_pyarrow, write_parquet
@@ -102,11 +102,11 @@ def extract(
     print(summary(folder.rows, folder.row_shape, output, folder.unreadable))
 
 
-def _network(module: DINOModule, what: str, n_blocks: int, checkpoint: str) -> Callable[[Tensor], Tensor]:
+def _network(module: Method, what: str, n_blocks: int, checkpoint: str) -> Callable[[Tensor], Tensor]:
     """Normalised images (B, C, H, W) → their features (B, ...)."""
     if what == "cls":
         return module
-    vit = module.teacher.backbone
+    vit = module.evaluated.backbone
     if not isinstance(vit, VisionTransformer):
         raise TypeError(f"{what} needs a ViT of this package, but {checkpoint} holds a {type(vit).__name__}; it has --what cls")
     if what == "layers":

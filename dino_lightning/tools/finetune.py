@@ -87,7 +87,7 @@ def finetune(
     results = {"untrained": tune("untrained", untrained(module))} if compare else {}
     # With a fixed name and nothing to monitor, it keeps the newest.
     keep = ModelCheckpoint(path.parent, filename=path.stem, enable_version_counter=False, save_on_train_epoch_end=True)
-    results["trained"] = tune("trained", module.teacher.backbone, keep)
+    results["trained"] = tune("trained", module.evaluated.backbone, keep)
     print(
         f"{len(train)} images of {train.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels; "
         "top-1 / top-5 in per cent"

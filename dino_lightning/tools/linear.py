@@ -61,7 +61,7 @@ def linear(
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
     train, query = labelled_folders(root, queries, shown.in_chans)
-    usual = linear_protocol(module.teacher.backbone)
+    usual = linear_protocol(module.evaluated.backbone)
     tokens = {
         "n_blocks": usual[0] if n_blocks is None else n_blocks,
         "mean_patch": usual[1] if mean_patch is None else mean_patch,
@@ -83,7 +83,7 @@ def linear(
         return trained
 
     probes = {"untrained": probe("untrained", untrained(module))} if compare else {}
-    probes["trained"] = probe("trained", module.teacher.backbone)
+    probes["trained"] = probe("trained", module.evaluated.backbone)
     results = {name: trained.results() for name, trained in probes.items()}
     width = probes["trained"].heads[0].in_features
     print(

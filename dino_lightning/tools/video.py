@@ -71,7 +71,7 @@ def video(
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
     size = 2 * min(shown.size) if image_size is None else image_size
-    backbone = module.teacher.backbone
+    backbone = module.evaluated.backbone
 
     def views() -> Iterator[tuple[Tensor, SpatialMaps]]:
         for pixels in tqdm(source.read(shown.in_chans), desc="video", total=source.count):

@@ -27,7 +27,7 @@ _HALF = ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError for an option of another type or outside its range, naming it, its value and what would be right."""
     for names, fits, wanted in _WANTED:
-        for name in names:
+        for name in [name for name in names if name in options]:
             if not fits(options[name]):
                 raise ValueError(f"{name} must {wanted}, got {options[name]!r}")
 
@@ -146,16 +146,16 @@ def warn_of_local_batch_norms(trainer: Trainer, student: nn.Module) -> None:
 
 
 @torch.no_grad()
-def check_views(views: Sequence[Tensor], student: nn.Module) -> None:
+def check_views(views: Sequence[Tensor], backbone: nn.Module, width: int) -> None:
     """Raises ValueError if the backbone cannot take one of the view sizes, or gives another width there."""
     for view in {view.shape[-2:]: view for view in views}.values():
-        width = features_at(student.backbone, view[:1]).shape[1]
-        if width != student.head.in_dim:
+        found = features_at(backbone, view[:1]).shape[1]
+        if found != width:
             raise ValueError(
-                f"the backbone gives {width} features for {view.shape[-2]}×{view.shape[-1]} crops, but its head was made for "
-                f"{student.head.in_dim}; it must pool over the positions"
+                f"the backbone gives {found} features for {view.shape[-2]}×{view.shape[-1]} crops, but its head was made for "
+                f"{width}; it must pool over the positions"
             )
-    backbone, (height, width) = student.backbone, views[0].shape[-2:]
+    height, width = views[0].shape[-2:]
     if isinstance(backbone, VisionTransformer):
         patch = backbone.patch_size
         if backbone.grid != (height // patch, width // patch):

@@ -3,25 +3,17 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import yaml
 from lightning.pytorch import Trainer
 
-from dino_lightning.training.schedules import cosine_schedule, linear_warmup
+from dino_lightning.training.schedules import cosine_schedule
 
 log = logging.getLogger(__name__)
 
-_TAKEN_OVER = (
-    "min_lr",
-    "weight_decay",
-    "weight_decay_end",
-    "momentum_teacher",
-    "warmup_teacher_temp",
-    "teacher_temp",
-    "warmup_teacher_temp_epochs",
-)
+WARMUPS = {"warmup_epochs", "warmup_teacher_temp_epochs"}  # options in epochs, as far as a method has them
 
 
 class Unsaid(int):
@@ -35,38 +27,31 @@ yaml.SafeDumper.add_representer(Unsaid, yaml.SafeDumper.represent_int)  # a numb
 class Plan:
     """Schedules as functions of the global step (0-based). An epoch is ``steps_per_epoch`` optimizer steps.
 
-    ``lr`` is the learning rate as applied, after the linear scaling rule.
+    ``lr`` is the learning rate as applied, after the scaling rule. A method adds the schedules that it has beyond these.
     """
 
     total_steps: int
     steps_per_epoch: int
-    images_per_step: int
     lr: float
     min_lr: float
-    warmup_steps: int
+    warmup_epochs: float
     weight_decay: float
     weight_decay_end: float
-    momentum_teacher: float
-    warmup_teacher_temp: float
-    teacher_temp: float
-    warmup_teacher_temp_epochs: int
 
     @classmethod
-    def of(cls, trainer: Trainer, options: Mapping[str, Any], first_batch_size: int) -> "Plan":
-        """The plan of the running fit. ``first_batch_size`` counts where the loader does not tell its batch size."""
-        total_steps, steps_per_epoch = count_steps(trainer)
-        images = count_images(trainer, first_batch_size)
-        return cls(
-            total_steps=total_steps,
-            steps_per_epoch=steps_per_epoch,
-            images_per_step=images,
-            lr=options["lr"] * images / 256,
-            warmup_steps=_fitted(options["warmup_epochs"], steps_per_epoch, total_steps),
-            **{name: options[name] for name in _TAKEN_OVER},
-        )
+    def of(cls, options: Mapping[str, Any], total_steps: int, steps_per_epoch: int, lr: float) -> Self:
+        """The plan of a run of this length, with what else a method's options say."""
+        known = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch, "lr": lr}
+        rest = {field.name: options[field.name] for field in fields(cls) if field.name not in known}
+        for name in WARMUPS & rest.keys():
+            rest[name] = _fitted(name, rest[name], steps_per_epoch, total_steps)
+        return cls(**known, **rest)
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
+
+    def steps(self, epochs: float) -> int:
+        return round(epochs * self.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:
         return cosine_schedule(
@@ -74,7 +59,7 @@ class Plan:
             base_value=self.lr,
             final_value=self.min_lr,
             total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=self.steps(self.warmup_epochs),
         )
 
     def weight_decay_at(self, step: int) -> float:
@@ -82,16 +67,9 @@ class Plan:
             step, base_value=self.weight_decay, final_value=self.weight_decay_end, total_steps=self.total_steps
         )
 
-    def momentum_at(self, step: int) -> float:
-        return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
-
-    def teacher_temp_at(self, step: int) -> float:
-        return linear_warmup(
-            self.epoch(step),
-            start_value=self.warmup_teacher_temp,
-            final_value=self.teacher_temp,
-            warmup_epochs=self.warmup_teacher_temp_epochs,
-        )
+    def values_at(self, step: int) -> dict[str, float]:
+        """All of its schedules, by their names in the log."""
+        return {"lr": self.lr_at(step), "weight_decay": self.weight_decay_at(step)}
 
 
 def check_epochs(trainer: Trainer, options: Mapping[str, Any]) -> None:
@@ -124,17 +102,17 @@ def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
 
 def _warmups(options: Mapping[str, Any]) -> dict[str, int]:
     """The warm-ups that somebody asked for."""
-    names = ("warmup_epochs", "warmup_teacher_temp_epochs")
-    return {name: options[name] for name in names if not isinstance(options[name], Unsaid)}
+    return {name: options[name] for name in sorted(WARMUPS & options.keys()) if not isinstance(options[name], Unsaid)}
 
 
-def _fitted(epochs: int, steps_per_epoch: int, total_steps: int) -> int:
-    """Steps of a warm-up: one that nobody asked for becomes a tenth of the run if it would take more than half of it."""
-    steps = epochs * steps_per_epoch
-    if 2 * steps > total_steps and isinstance(epochs, Unsaid):
-        log.info("warmup_epochs: the default of %d is more than half of the run; a tenth of it, %d steps", epochs, total_steps // 10)
-        return total_steps // 10
-    return min(steps, total_steps)  # check_length refused longer ones, except in a fast_dev_run
+def _fitted(name: str, epochs: int, steps_per_epoch: int, total_steps: int) -> float:
+    """Epochs of a warm-up: one that nobody asked for becomes a tenth of the run if it would take more than half of it."""
+    run = total_steps / steps_per_epoch
+    if 2 * epochs > run and isinstance(epochs, Unsaid):
+        steps = total_steps // 10
+        log.info("%s: the default of %d is more than half of the run; a tenth of it, %d steps", name, epochs, steps)
+        return steps / steps_per_epoch
+    return min(epochs, run)  # check_length refused longer ones, except in a fast_dev_run
 
 
 def count_steps(trainer: Trainer) -> tuple[int, int]:

@@ -12,10 +12,10 @@ from dino_lightning.training.plan import Plan
 log = logging.getLogger(__name__)
 
 
-def layout(trainer: Trainer, plan: Plan) -> dict[str, int]:
+def layout(trainer: Trainer, plan: Plan, images_per_step: int) -> dict[str, int]:
     """How a run deals out its images, kept in its checkpoints."""
     return {
-        "images_per_step": plan.images_per_step,
+        "images_per_step": images_per_step,
         "steps_per_epoch": plan.steps_per_epoch,
         "total_steps": plan.total_steps,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
