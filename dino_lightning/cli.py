@@ -32,17 +32,19 @@ from dino_lightning.callbacks import (
     Throughput,
 )
 from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.door import commands
 from dino_lightning.door.entrance import Call, enter, table
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
-from dino_lightning.methods.dino import DINOModule
+from dino_lightning.methods import METHODS, method_class
+from dino_lightning.methods.base import Method
 from dino_lightning.tools import TOOLS
 from dino_lightning.training.plan import check_epochs
 from dino_lightning.weights.files import read_checkpoint
 
 
 class DINOCLI(LightningCLI):
-    """LightningCLI for DINOModule and MultiCropDataModule.
+    """LightningCLI for a method (``--method``, ``dino`` unless a recipe or the checkpoint says another) and MultiCropDataModule.
 
     Beyond Lightning's: explicit arguments win over those in a checkpoint, ``--ckpt_path last`` finds the newest checkpoint
     under the root folder and goes on in its run folder and its W&B run, and the configuration is kept in the run folder.
@@ -56,8 +58,9 @@ class DINOCLI(LightningCLI):
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
         listing = table({name: recipes.summary(name) for name in recipes.names()})
         help_texts = {"epilog": f"recipes for --config:\n{listing}"}
+        self._method, self._checkpoint, self._saved = _begin_with(commands.said(sys.argv[1:] if args is None else args))
         super().__init__(
-            DINOModule,
+            method_class(self._method),
             MultiCropDataModule,
             save_config_callback=RunConfig,
             seed_everything_default=0,
@@ -80,6 +83,7 @@ class DINOCLI(LightningCLI):
         # By itself Lightning saves nothing between validations, nor anything of a run without them if they are not due every epoch.
         every_epoch = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in every_epoch.items()})
+        parser.add_argument("--method", type=str, default=self._method, help=f"how to train: {', '.join(METHODS)}, each with options of its own")
         parser.add_argument(
             "--checkpoint_every",
             type=float,
@@ -91,27 +95,20 @@ class DINOCLI(LightningCLI):
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
         args = recipes.resolve_in(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
-        options = self._options
-        is_last = False
-        if options.get("ckpt_path") == "last":
-            options.ckpt_path = continuation.find_last(
-                [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
-            )
-            is_last = self.config.subcommand == "fit"  # a checkpoint that is named begins another branch
-        path = options.get("ckpt_path")
-        if path and Path(path).is_file():
-            saved = read_checkpoint(path)
-            if self.config.subcommand == "fit" and "optimizer_states" not in saved:
+        path, saved = self._checkpoint, self._saved
+        if saved is not None:
+            fits = self.config.subcommand == "fit"
+            if fits and "optimizer_states" not in saved:
                 raise ValueError(
                     f"{path} holds weights only (save_weights_only): a run cannot go on from it; begin one with --model.weights {path}"
                 )
+            is_last = self._options.ckpt_path == "last"  # one that is named begins another branch
             subparser = self._parser(self.config.subcommand)
             subparser.set_defaults(continuation.options_of(saved, subparser.get_defaults()))
             self.config = parser.parse_args(args)
-            options = self._options
-            options.ckpt_path = path
-            self._interrupted = saved if is_last else None
-        _link_channels(options)
+            self._options.ckpt_path = path
+            self._interrupted = saved if fits and is_last else None
+        _link_channels(self._options)
 
     @property
     def _options(self) -> Namespace:
@@ -193,6 +190,26 @@ class DINOCLI(LightningCLI):
             print("\n".join(f"{name:16}{value:.4f}" for name, value in measured) or "no labelled train/ and val/ to measure on")
 
 
+def _begin_with(said: Mapping[str, Any]) -> tuple[str, str | None, Mapping[str, Any] | None]:
+    """The method, the checkpoint's path and what it holds, where one is named that is a file, or the last.
+
+    Raises:
+        FileNotFoundError: if there is no last one.
+        ValueError: if the checkpoint is of another method than the arguments name.
+    """
+    named, path, saved = said.get("method"), said.get("ckpt_path"), None
+    if path == "last":
+        folders = [said.get("trainer.default_root_dir") or ".", said.get("checkpoint.dirpath")]
+        path = continuation.find_last([folder for folder in folders if folder])
+    if path and Path(path).is_file():
+        saved = read_checkpoint(path)
+        method = saved.get("method", "dino")
+        if named not in (None, method):
+            raise ValueError(f"{path} is of the method {method!r}, not {named!r}; leave --method and its recipe out, or train anew")
+        named = method
+    return named or "dino", path, saved
+
+
 def _real(path: str | None) -> str | None:
     """A folder by its only name: the best checkpoint of a run that goes on is known if its folder is called the same."""
     return os.path.realpath(os.path.expanduser(path)) if path and "://" not in str(path) else path
@@ -272,7 +289,7 @@ def train(
     output: str | os.PathLike[str] = "runs",
     recipe: str | None = None,
     options: Sequence[str] = (),
-) -> DINOModule:
+) -> Method:
     """Trains as ``dino-lightning fit`` does, for people who want no Trainer: ``dino_lightning.train("photos", output="run")``.
 
     Args:

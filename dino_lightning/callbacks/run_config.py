@@ -42,8 +42,9 @@ def _anywhere(config: Namespace) -> Namespace:
     """A configuration that gives the same run, from the beginning, whatever folder is the current one."""
     config = config.clone()
     config.ckpt_path = None
-    if isinstance(config.model.warmup_epochs, Unsaid):
-        del config["model.warmup_epochs"]  # else it would have been asked for in the next run
+    for name, value in list(config.model.items()):
+        if isinstance(value, Unsaid):
+            del config[f"model.{name}"]  # else it would have been asked for in the next run
     for name in ("data.root", "model.weights", "trainer.default_root_dir", "checkpoint.dirpath"):
         path = config.get(name)
         if path and "://" not in str(path) and (name != "model.weights" or os.path.exists(path)):  # or a published name

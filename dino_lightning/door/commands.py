@@ -10,6 +10,7 @@ from dino_lightning.door import faces
 from dino_lightning.door.arguments import options, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
+from dino_lightning.methods import METHODS
 
 
 def check(command: str, args: Sequence[str]) -> None:
@@ -19,28 +20,41 @@ def check(command: str, args: Sequence[str]) -> None:
         UsageError: if the command has no such option, an option of a plain type is given another value, or there are no images.
         FileNotFoundError: if a config file, a recipe or the folder of images is not there.
     """
-    known = faces.options(command)
+    found = said(args)
+    method = found.get("method") or (None if found.get("ckpt_path") else "dino")  # a checkpoint is of any method
+    if method not in (None, *METHODS):
+        raise unknown("method", "", method, METHODS, "", f"there are {', '.join(METHODS)}")
+    known = faces.options(command, method)
     given = list(options(args))
     for name, _ in given:
         if not known.have(name[2:]):
             raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
     if args and not args[0].startswith("-"):
         raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean --data.root {args[0]}?")
-    images: dict[str, Any] = {}
-    for name, value in given:
-        images.update(_in_config(command, value) if name == "--config" and value else {name[2:]: value})
+    for config in [value for name, value in given if name == "--config" and value]:
+        for key in _in_config(config):
+            if not known.have(key):
+                raise unknown("key", f"in {config}", key, known.names(), "", f"dino-lightning {command} --help lists them")
     _check_checkpoint(dict(given).get("--ckpt_path"))
     asks = any(name.endswith(".help") for name, _ in given)
     if not asks and not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
-        _check_images(command, images)
-    _check_values(command, given)
+        _check_images(command, found)
+    _check_values(command, given, method or "dino")
 
 
-def _check_values(command: str, given: Sequence[tuple[str, str | None]]) -> None:
+def said(args: Sequence[str]) -> dict[str, Any]:
+    """What arguments and the files behind their --config say, by names down to the second level, with dots; later ones win."""
+    found: dict[str, Any] = {}
+    for name, value in options(args):
+        found.update(_in_config(value) if name == "--config" and value else {name[2:]: value})
+    return found
+
+
+def _check_values(command: str, given: Sequence[tuple[str, str | None]], method: str) -> None:
     from jsonargparse import ArgumentParser  # half a second, which the errors before need not wait
 
     parser = ArgumentParser(exit_on_error=False)
-    for group, stub in faces.stubs().items():
+    for group, stub in faces.stubs(method).items():
         parser.add_function_arguments(stub, group, fail_untyped=False, sub_configs=True)
     known = {option for action in parser._actions for option in action.option_strings}
     plain = [f"{name}={value}" for name, value in given if name in known and name.count(".") == 1 and value is not None]
@@ -50,14 +64,9 @@ def _check_values(command: str, given: Sequence[tuple[str, str | None]]) -> None
         raise UsageError(brief(str(error), command)) from error
 
 
-def _in_config(command: str, config: str) -> dict[str, Any]:
+def _in_config(config: str) -> dict[str, Any]:
     """The keys of a config file down to the second level, with dots."""
-    known, content = faces.options(command), read_config(recipes.resolve(config))
-    found = dict(_two_levels(content))
-    for key in found:
-        if not known.have(key):
-            raise unknown("key", f"in {config}", key, known.names(), "", f"dino-lightning {command} --help lists them")
-    return found
+    return dict(_two_levels(read_config(recipes.resolve(config))))
 
 
 def _two_levels(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:

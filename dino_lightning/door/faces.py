@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dino_lightning.door.sources import function, light_part, stub
+from dino_lightning.methods import METHODS, home
 
 COMMANDS = {
     "fit": "Trains on a folder of images, without labels.",
@@ -15,15 +16,14 @@ COMMANDS = {
     "predict": "Writes the features of images.",
 }  # of Lightning
 
-# The options GROUP.NAME are the arguments of a class.
+# The options GROUP.NAME are the arguments of a class, model.NAME those of the method's.
 _GROUPS = {
     "data": ("dino_lightning.data.datamodule", "MultiCropDataModule"),
-    "model": ("dino_lightning.methods.dino", "DINOModule"),
     "trainer": ("lightning.pytorch.trainer.trainer", "Trainer"),
     "checkpoint": ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
 }
 # Those without a group are the arguments of the Trainer's method, and these.
-_ALONE = {"config", "print_config", "help", "seed_everything", "checkpoint_every"}
+_ALONE = {"config", "print_config", "help", "seed_everything", "checkpoint_every", "method"}
 _NOT_OPTIONS = {"self", "model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 
 
@@ -47,9 +47,11 @@ class Options(NamedTuple):
 
 
 @functools.cache
-def options(command: str) -> Options:
-    """Of fit, validate, test or predict."""
+def options(command: str, method: str | None = "dino") -> Options:
+    """Of fit, validate, test or predict with a method; with None, of any."""
     groups = {group: _arguments(module, f"{owner}.__init__") for group, (module, owner) in _GROUPS.items()}
+    homes = [home(name) for name in (METHODS if method is None else [method])]
+    groups["model"] = set().union(*(_arguments(module, f"{owner}.__init__") for module, owner in homes))
     module, owner = _GROUPS["trainer"]
     return Options(_ALONE | (_arguments(module, f"{owner}.{command}") or set()), groups)
 
@@ -62,9 +64,10 @@ def _arguments(module: str, name: str) -> set[str] | None:
     return {argument.arg for argument in node.args.args + node.args.kwonlyargs} - _NOT_OPTIONS
 
 
-def stubs() -> dict[str, Callable[..., None]]:
+def stubs(method: str = "dino") -> dict[str, Callable[..., None]]:
     """For each group a function with those of its options whose types are plain ones."""
-    nodes = {group: (module, function(module, f"{owner}.__init__")) for group, (module, owner) in _GROUPS.items()}
+    classes = {**_GROUPS, "model": home(method)}
+    nodes = {group: (module, function(module, f"{owner}.__init__")) for group, (module, owner) in classes.items()}
     return {group: stub(module, light_part(module, node)) for group, (module, node) in nodes.items() if node}
 
 
