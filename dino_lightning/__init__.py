@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from dino_lightning.data.datamodule import MultiCropDataModule
     from dino_lightning.losses.dino import DINOLoss
     from dino_lightning.methods.dino import DINOModule
+    from dino_lightning.methods.dinov2 import DINOv2Module
     from dino_lightning.weights import load_backbone
 
 __all__ = [
     "DINOHead",
     "DINOLoss",
     "DINOModule",
+    "DINOv2Module",
     "MultiCropDataModule",
     "VisionTransformer",
     "evaluation",
@@ -31,6 +33,7 @@ _HOME = {
     "DINOHead": "backbones.head",
     "DINOLoss": "losses.dino",
     "DINOModule": "methods.dino",
+    "DINOv2Module": "methods.dinov2",
     "MultiCropDataModule": "data.datamodule",
     "VisionTransformer": "backbones",
     "load_backbone": "weights",

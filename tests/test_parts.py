@@ -218,7 +218,7 @@ def test_clipping_is_per_tensor():
 
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="'adam'"):
-        build_optimizer("adam", nn.Linear(2, 2), weight_decay=0.0, fused=False)
+        build_optimizer("adam", param_groups(nn.Linear(2, 2)), fused=False)
 
 
 @pytest.mark.parametrize("k", [5, 10, 20, 100])

@@ -1,30 +1,33 @@
 """Floating-point operations of a training step, counted by running the networks once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-@torch.no_grad()
 def flops_per_image(student: nn.Module, teacher: nn.Module, views: Sequence[Tensor]) -> int:
     """Of one image's views (1, C, H, W): the student's forward pass over all of them, twice that for its backward pass, and
-    the teacher's forward pass over the two global ones. Matrix products, convolutions and attention count; the rest is small.
-
-    The networks take a list of views of any sizes. They are left in the modes they were in; batch norms take no part.
+    the teacher's forward pass over the two global ones. The networks take a list of views of any sizes.
     """
+    return 3 * count_flops(student, lambda: student(views)) + count_flops(teacher, lambda: teacher(views[:2]))
 
-    def forward(network: nn.Module, seen: Sequence[Tensor]) -> int:
-        modes = {module: module.training for module in network.modules()}
-        for module in modes:
-            module.training = False
-        try:
-            with FlopCounterMode(display=False) as counter:
-                network(seen)
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        return counter.get_total_flops()
 
-    return 3 * forward(student, views) + forward(teacher, views[:2])
+@torch.no_grad()
+def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
+    """Of a call of the network. Matrix products, convolutions and attention count; the rest is small.
+
+    The network is left in the modes it was in; batch norms take no part.
+    """
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        with FlopCounterMode(display=False) as counter:
+            call()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return counter.get_total_flops()

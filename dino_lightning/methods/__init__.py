@@ -2,7 +2,7 @@
 
 import importlib
 
-METHODS = {"dino": "DINOModule"}  # name, which is that of its file, and class; nothing is imported before it is asked for
+METHODS = {"dino": "DINOModule", "dinov2": "DINOv2Module"}  # name, which is that of its file, and class; nothing is imported before it is asked for
 
 
 def home(name: str) -> tuple[str, str]:

@@ -34,7 +34,7 @@ from dino_lightning.training.checks import (
     warn_of_local_batch_norms,
 )
 from dino_lightning.training.guard import NonFiniteGuard
-from dino_lightning.training.optim import build_optimizer, gradient_norms
+from dino_lightning.training.optim import build_optimizer, gradient_norms, param_groups
 from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
 from dino_lightning.weights.networks import facts_of
 
@@ -155,8 +155,8 @@ class Method(LightningModule):
         groups[0]["weight_decay"] = self.plan.weight_decay_at(step)
 
     def build_optimizer(self, fused: bool) -> torch.optim.Optimizer:
-        options = self.options
-        return build_optimizer(options["optimizer"], self.trained, weight_decay=options["weight_decay"], fused=fused)
+        groups = param_groups(self.trained, self.options["weight_decay"])
+        return build_optimizer(self.options["optimizer"], groups, fused=fused)
 
     def clip(self, gradients: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
         """Clips the gradients in place; ``norms`` are those of each."""

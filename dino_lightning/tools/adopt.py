@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dino_lightning.methods.dino import DINOModule
 from dino_lightning.tools.training import new_file
-from dino_lightning.training.optim import build_optimizer, is_decayed
+from dino_lightning.training.optim import is_decayed
 from dino_lightning.weights.files import read
 
 # The reference's flags that bear the names of our options.
@@ -124,8 +124,7 @@ def _optimizer_state(state: Mapping[str, Any], student: Mapping[str, Tensor], mo
     ours, theirs = _numbered(trained, trained), _numbered([name for name in student if name in trained], trained)
     if sum(len(group["params"]) for group in state["param_groups"]) != len(theirs):
         raise ValueError("the optimizer's state is of another number of parameters than the student has")
-    options = module.options
-    template = build_optimizer(options["optimizer"], module.student, weight_decay=options["weight_decay"], fused=False).state_dict()
+    template = module.build_optimizer(fused=False).state_dict()
     for group, held in zip(template["param_groups"], state["param_groups"]):
         group.update({name: float(value) for name, value in held.items() if name in ("lr", "weight_decay")})  # theirs are numpy's
     template["state"] = {

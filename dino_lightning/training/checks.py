@@ -45,22 +45,37 @@ def _is_size(value: Any) -> bool:
     return len(sides) == 2 and all(_is_integer(side) and side > 0 for side in sides)
 
 
-_AT_LEAST_ONE = ("patch_size", "in_chans", "out_dim", "hidden_dim", "bottleneck_dim", "head_layers")
-_EPOCHS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer")
-_NOT_NEGATIVE = ("lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad")
-_POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp")
-_SHARES = ("momentum_teacher", "center_momentum")
+def _is_range(value: Any) -> bool:
+    sides = list(value) if isinstance(value, list | tuple) else []
+    return len(sides) == 2 and all(map(_is_number, sides)) and 0 <= sides[0] <= sides[1] <= 1
+
+
+_AT_LEAST_ONE = (
+    "patch_size", "in_chans", "out_dim", "hidden_dim", "bottleneck_dim", "head_layers", "ibot_out_dim", "ibot_hidden_dim",
+    "ibot_bottleneck_dim",
+)  # fmt: skip
+_COUNTS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_epochs", "registers")
+_NOT_NEGATIVE = (
+    "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "dino_loss_weight", "ibot_loss_weight", "koleo_loss_weight",
+    "patch_embed_lr_mult",
+)  # fmt: skip
+_POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp", "layerwise_decay")
+_SHARES = ("momentum_teacher", "center_momentum", "mask_probability")
+_SWITCHES = ("use_bn_in_head", "norm_last_layer", "ibot_separate_head")
+_WORDS = {"optimizer": ("adamw", "sgd", "lars"), "centering": ("centering", "sinkhorn_knopp"), "ffn": ("mlp", "swiglu")}
 _WANTED = (  # NaN fits none of the ranges
-    ((*_AT_LEAST_ONE, *_EPOCHS), _is_integer, "be an integer"),
+    ((*_AT_LEAST_ONE, *_COUNTS), _is_integer, "be an integer"),
     ((*_NOT_NEGATIVE, *_POSITIVE, *_SHARES, "drop_path_rate"), _is_number, "be a number"),
-    (("use_bn_in_head", "norm_last_layer"), lambda value: isinstance(value, bool), "be true or false"),
+    (_SWITCHES, lambda value: isinstance(value, bool), "be true or false"),
     (("img_size",), _is_size, "be pixels, an integer or (height, width)"),
-    (("optimizer",), lambda value: value in ("adamw", "sgd", "lars"), "be 'adamw', 'sgd' or 'lars'"),
+    *(((name,), words.__contains__, f"be {' or '.join(map(repr, words))}") for name, words in _WORDS.items()),
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
-    ((*_EPOCHS, *_NOT_NEGATIVE), lambda value: value >= 0, "not be negative"),
+    ((*_COUNTS, *_NOT_NEGATIVE), lambda value: value >= 0, "not be negative"),
     (_POSITIVE, lambda value: value > 0, "be positive"),
     (_SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     (("drop_path_rate",), lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    (("layer_scale",), lambda value: value is None or (_is_number(value) and value > 0), "be a positive number or null"),
+    (("mask_ratio",), _is_range, "be two numbers of [0, 1], the smaller first"),
 )
 
 
@@ -83,7 +98,7 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
     if clip_grad > 0 and trainer.gradient_clip_val:
         raise ValueError(
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips the norm of all gradients together, "
-            f"clip_grad={clip_grad} that of each tensor, as DINO does; set one of them to 0"
+            f"clip_grad={clip_grad} as the method does (DINO: of each tensor; DINOv2: of each part); set one of them to 0"
         )
 
 

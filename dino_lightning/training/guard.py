@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -15,14 +16,27 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Watches the count of non-finite losses that comes out of the centre's all-reduce, equal on all ranks.
+    """Watches the count of non-finite losses, equal on all ranks (DINO's comes out of the centre's all-reduce).
 
     ``check`` comes one step after ``watch``, so that the device never waits; before a checkpoint it comes at once, and does.
     """
 
     def __init__(self) -> None:
+        self._counted: Tensor | None = None  # non-finite losses of this rank, on the device
         self._watched: tuple[LateReading, Callable[[], str]] | None = None
         self._failure = ""
+
+    def count(self, loss: Tensor) -> None:
+        """Counts a micro-batch's loss (scalar), if no other all-reduce of the method does."""
+        bad = (~loss.detach().isfinite()).float()
+        self._counted = bad if self._counted is None else self._counted + bad
+
+    def total(self) -> Tensor | None:
+        """The number of non-finite losses counted since it was asked last, over all ranks; None if none was counted."""
+        total, self._counted = self._counted, None
+        if total is not None and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        return total
 
     def watch(self, count: Tensor, report: Callable[[], str]) -> None:
         """Remembers the ``count`` (scalar, on the device) of a step, and what says so if it is not zero."""

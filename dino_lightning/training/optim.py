@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-def param_groups(module: nn.Module) -> list[dict]:
-    """Splits the trainable parameters of ``module`` into [decayed, undecayed].
+def param_groups(module: nn.Module, weight_decay: float | None = None) -> list[dict]:
+    """Splits the trainable parameters of ``module`` into [decayed, undecayed], the first with this weight decay where it is given.
 
     Biases and all one-dimensional tensors (norms) are not decayed. As in the reference, everything else is, which includes
     the class token, the positions and the prototypes; frozen parameters are left out.
@@ -16,7 +16,8 @@ def param_groups(module: nn.Module) -> list[dict]:
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (decayed if is_decayed(name, parameter) else undecayed).append(parameter)
-    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    rate = {} if weight_decay is None else {"weight_decay": weight_decay}
+    return [{"params": decayed, **rate}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -24,8 +25,8 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     return not name.endswith(".bias") and parameter.ndim != 1
 
 
-def build_optimizer(name: str, module: nn.Module, *, weight_decay: float, fused: bool) -> torch.optim.Optimizer:
-    """AdamW, SGD (momentum 0.9) or LARS over the parameter groups of ``module``.
+def build_optimizer(name: str, groups: list[dict], *, fused: bool) -> torch.optim.Optimizer:
+    """AdamW, SGD (momentum 0.9) or LARS over parameter groups.
 
     The learning rate is 0 until the schedule sets it, so that a step without a schedule moves nothing. ``fused`` must be off
     under a gradient scaler: a fused optimizer unscales inside its step, after the clipping.
@@ -33,10 +34,8 @@ def build_optimizer(name: str, module: nn.Module, *, weight_decay: float, fused:
     Raises:
         ValueError: for any other name.
     """
-    groups = param_groups(module)
-    groups[0]["weight_decay"] = weight_decay
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
     if name == "lars":

@@ -124,7 +124,7 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
     return report
 
 
-def start_from(source: str | Path, backbone: nn.Module, head: nn.Module | None, center: Tensor) -> None:
+def start_from(source: str | Path, backbone: nn.Module, head: nn.Module | None = None, center: Tensor | None = None) -> None:
     """Copies the weights of a source into a backbone, and where a head is given, into it and the centre (1, K).
 
     Raises:

@@ -1,0 +1,364 @@
+"""DINOv2Module: DINO's loss on class tokens, iBOT's on masked patches and KoLeo (Oquab et al. 2023, section 4), step by step."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones.head import DINOHead
+from dino_lightning.data.masking import sample_masks
+from dino_lightning.evaluation.flops import count_flops
+from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, sinkhorn_knopp
+from dino_lightning.methods.base import Method, Observed, plain
+from dino_lightning.methods.networks import Network, Teacher, split_views
+from dino_lightning.training.optim import build_optimizer, clip_together_, layered_param_groups
+from dino_lightning.training.plan import Plan, Unsaid
+from dino_lightning.training.randomness import generator, seeded
+from dino_lightning.training.schedules import cosine_schedule, linear_warmup
+from dino_lightning.weights.load import start_from
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DINOv2Plan(Plan):
+    """The reference's schedules, all of the step: also the teacher's temperature. Beyond the end they have their last value."""
+
+    momentum_teacher: float
+    warmup_teacher_temp: float
+    teacher_temp: float
+    warmup_teacher_temp_epochs: float
+    freeze_last_layer: int
+
+    def last_layer_lr_at(self, step: int) -> float:
+        return 0.0 if step < self.steps(self.freeze_last_layer) else self.lr_at(step)
+
+    def momentum_at(self, step: int) -> float:
+        return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
+
+    def teacher_temp_at(self, step: int) -> float:
+        warmup_steps = self.steps(self.warmup_teacher_temp_epochs)
+        return linear_warmup(step, start_value=self.warmup_teacher_temp, final_value=self.teacher_temp, warmup_epochs=warmup_steps)
+
+    def values_at(self, step: int) -> dict[str, float]:
+        own = {"last_layer_lr": self.last_layer_lr_at, "momentum": self.momentum_at, "teacher_temp": self.teacher_temp_at}
+        return super().values_at(step) | {name: value_at(step) for name, value_at in own.items()}
+
+
+class DINOv2Module(Method):
+    """Self-distillation of class tokens and of masked patches: the student sees the global crops with patches masked, and learns
+    what the teacher says of the whole crops, of the image and of each masked patch.
+
+    Trains on batches of views as ``DINOModule`` does. The options and defaults are those of the reference's default configuration,
+    a ViT-L for 1.3 million images; for less there are recipes, ``--config dinov2_small_images``.
+
+    Args:
+        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant; dinov2_vits14, b, l and g, with _reg for registers, which
+            bring their own patch size, registers and LayerScale; or a ``VisionTransformer(..., mask_token=True)``. Without iBOT
+            (``ibot_loss_weight=0``) any backbone of ``DINOModule``.
+        patch_size: pixels of a patch's side.
+        img_size: pixels, int or (H, W): the size whose grid the positions have. Set it to the global crop size.
+        in_chans: channels of the images.
+        drop_path_rate: stochastic depth of every block of the student: this share of the images goes past each branch.
+        registers: tokens beside the class token and the patches.
+        layer_scale: gain of each block's branches at the start; null for none. Small networks in short runs want more, or none.
+        ffn: the blocks' MLP, with GELU, or gated by SiLU ("swiglu").
+        out_dim: number of prototypes K. Fewer suit small data sets.
+        hidden_dim: width of the head's MLP.
+        bottleneck_dim: width of the head's L2-normalised bottleneck.
+        head_layers: layers of the head's MLP.
+        norm_last_layer: keep the prototypes at unit norm; the reference learns and decays their gains.
+        ibot_separate_head: a head of its own for the patches, of the three sizes that follow.
+        ibot_out_dim: number of its prototypes.
+        ibot_hidden_dim: width of its MLP.
+        ibot_bottleneck_dim: width of its bottleneck.
+        dino_loss_weight: of the class tokens' loss.
+        ibot_loss_weight: of the patches' loss; at 0 there is none.
+        koleo_loss_weight: of KoLeo, which spreads the class tokens of a batch; it sees the device's micro-batch only.
+        centering: of the teacher's logits: "centering", by a running mean, or "sinkhorn_knopp", by the batch over all devices.
+        mask_ratio: smallest and largest share of masked patches of a masked crop.
+        mask_probability: share of the global crops that are masked.
+        momentum_teacher: of the moving average at the start; a cosine brings it to 1.
+        warmup_teacher_temp: temperature of the teacher's softmax at the first step.
+        teacher_temp: temperature of the teacher's softmax after its warm-up.
+        warmup_teacher_temp_epochs: epochs of the linear warm-up of the temperature, step by step; the default becomes a tenth of a
+            run that is shorter than twice that.
+        student_temp: temperature of the student's softmax.
+        center_momentum: of the moving average of the teacher's logits, with centering.
+        optimizer: adamw, sgd (momentum 0.9) or lars.
+        lr: learning rate after its warm-up, for 1,024 images a step: it is scaled by the square root of the real number
+            (batch size × devices × accumulated batches).
+        min_lr: learning rate at the end, not scaled.
+        warmup_epochs: epochs of the linear warm-up of the learning rate; the default becomes a tenth of a short run, likewise.
+        layerwise_decay: each block's learning rate is that of the block above times this.
+        patch_embed_lr_mult: factor on the learning rate of the patch embedding.
+        weight_decay: weight decay at the start; not on biases, norms and LayerScale.
+        weight_decay_end: weight decay at the end of its cosine.
+        clip_grad: largest L2 norm of the gradient of the backbone and of each head; 0 is off.
+        freeze_last_layer: epochs at the start in which the prototypes stay as they are: their learning rate is 0.
+        freeze_backbone_epochs: epochs at the start in which the backbone stays as it is and the heads learn: for a run that starts
+            from ``weights``, whose features untrained heads would ruin.
+        weights: start from the trained backbone of this source, in student and teacher, as ``DINOModule`` does; heads are new, since
+            none were published.
+    """
+
+    method = "dinov2"
+    plan_type = DINOv2Plan
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "vit_large",
+        patch_size: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.3,
+        registers: int = 0,
+        layer_scale: float | None = 1e-5,
+        ffn: Literal["mlp", "swiglu"] = "mlp",
+        out_dim: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        head_layers: int = 3,
+        norm_last_layer: bool = False,
+        ibot_separate_head: bool = False,
+        ibot_out_dim: int = 65536,
+        ibot_hidden_dim: int = 2048,
+        ibot_bottleneck_dim: int = 256,
+        dino_loss_weight: float = 1.0,
+        ibot_loss_weight: float = 1.0,
+        koleo_loss_weight: float = 0.1,
+        centering: Literal["centering", "sinkhorn_knopp"] = "centering",
+        mask_ratio: tuple[float, float] = (0.1, 0.5),
+        mask_probability: float = 0.5,
+        momentum_teacher: float = 0.992,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.07,
+        warmup_teacher_temp_epochs: int = Unsaid(30),
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+        optimizer: Literal["adamw", "sgd", "lars"] = "adamw",
+        lr: float = 4e-3,
+        min_lr: float = 1e-6,
+        warmup_epochs: int = Unsaid(10),
+        layerwise_decay: float = 0.9,
+        patch_embed_lr_mult: float = 0.2,
+        weight_decay: float = 0.04,
+        weight_decay_end: float = 0.4,
+        clip_grad: float = 3.0,
+        freeze_last_layer: int = 1,
+        freeze_backbone_epochs: int = 0,
+        weights: str | None = None,
+    ) -> None:
+        given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only
+        super().__init__(locals())
+        given = self._build(given)
+        heads = {"dino_head": (out_dim, hidden_dim, bottleneck_dim)}
+        if ibot_separate_head and ibot_loss_weight > 0:
+            heads["ibot_head"] = (ibot_out_dim, ibot_hidden_dim, ibot_bottleneck_dim)
+        if weights is not None:
+            start_from(weights, given)
+            if freeze_backbone_epochs == 0:
+                log.warning("the heads are new and the backbone is trained: freeze_backbone_epochs=1 trains them before it, and keeps it")
+        shape = {"norm_last_layer": norm_last_layer, "nlayers": head_layers}
+        built = {name: DINOHead(self._width, k, hidden_dim=wide, bottleneck_dim=narrow, **shape) for name, (k, wide, narrow) in heads.items()}
+        self.student = Network(given, **built)
+        self.teacher = Teacher(self.student)
+        self.koleo_loss, self.ibot_loss = KoLeoLoss(), IBOTLoss(student_temp)
+        if centering == "centering":
+            self.dino_center = Centering(out_dim, center_momentum)
+            self.ibot_center = Centering(ibot_out_dim if ibot_separate_head else out_dim, center_momentum)
+
+    def _build(self, given: str | nn.Module) -> nn.Module:
+        """The backbone, with a mask token where patches are masked."""
+        options, masks = self.options, self.options["ibot_loss_weight"] > 0
+        named = isinstance(given, str) and given.startswith(("vit_", "dinov2_"))
+        more = {"mask_token": True, "drop_path_uniform": True} if named else {}
+        if named and given.startswith("vit_"):
+            more |= {name: options[name] for name in ("registers", "layer_scale", "ffn")}
+        backbone = self.build_backbone(given, **more)
+        if masks and getattr(backbone, "mask_token", None) is None:
+            raise ValueError(
+                f"ibot_loss_weight={options['ibot_loss_weight']} needs patches that can be masked, which {type(backbone).__name__} has not: "
+                "give a VisionTransformer(..., mask_token=True) or the name of a ViT, or set ibot_loss_weight=0"
+            )
+        return backbone
+
+    @property
+    def trained(self) -> Network:
+        return self.student
+
+    @property
+    def evaluated(self) -> Network:
+        return self.teacher
+
+    def draw_masks(self, n_crops: int, grid: tuple[int, int]) -> Tensor:
+        """Which patches of the global crops the student does not see: bool (2·B, h·w), all of global view 0 first.
+
+        Drawn on the host by (seed, step, micro-batch, rank). Override it for masks of your own.
+
+        Args:
+            n_crops: 2·B.
+            grid: (h, w) patches of a crop.
+        """
+        options, random = self.options, generator(*self._key, 1)
+        masks = sample_masks(
+            n_crops, grid, ratio=options["mask_ratio"], probability=options["mask_probability"], generator=random
+        )
+        return masks.flatten(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """One (micro-)batch → the loss, and for callbacks what its parts are, detached, in nats."""
+        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
+        views, options = split_views(batch), self.options
+        temp = self.plan.teacher_temp_at(self.global_step)
+        self._key = (self._seed, self.global_step, batch_idx, self.global_rank)
+        masks, rows = self._masked(views[0])
+        with torch.no_grad():
+            teacher = _look(self.teacher, views[:2], rows)
+            targets = self._targets("dino", teacher.logits, temp)  # (2·B, K)
+            patch_targets = self._targets("ibot", teacher.patch_logits, temp)  # (M, K)
+        with seeded(self.device, *self._key):  # for the drop path
+            student = _look(self.student, views, rows, masks)
+
+        dino_global, dino_local = dino_terms(student.logits, targets, options["student_temp"])
+        loss = options["dino_loss_weight"] * (dino_global + dino_local)
+        parts = {"dino_global_loss": dino_global, "dino_local_loss": dino_local}
+        if rows is not None:
+            parts["ibot_loss"] = self.ibot_loss(student.patch_logits, patch_targets, masks)
+            loss = loss + options["ibot_loss_weight"] * parts["ibot_loss"]
+        if options["koleo_loss_weight"] > 0:
+            parts["koleo_loss"] = sum(self.koleo_loss(view) for view in student.features.chunk(2))
+            loss = loss + options["koleo_loss_weight"] * parts["koleo_loss"]
+
+        self._guard.count(loss)
+        self.observed = Observed(teacher.features, teacher.logits, self.dino_center.center if options["centering"] == "centering" else None)
+        numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, dino_global + dino_local)}
+        numbers = {name: value.detach() for name, value in numbers.items()}
+        self.log_dict({f"train/{name}": value for name, value in numbers.items()})
+        return {**numbers, "loss": loss}
+
+    def clip(self, gradients: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
+        """The backbone and each head by its own norm."""
+        start = 0
+        for name, part in self.student.named_children():
+            stop = start + sum(parameter.grad is not None for parameter in part.parameters())
+            if stop > start:
+                self.log(f"train/grad_norm_{name}", clip_together_(gradients[start:stop], norms[start:stop], max_norm))
+            start = stop
+
+    def after_step(self, step: int, stepped: bool) -> Tensor | None:
+        """The teacher and the centres follow."""
+        non_finite = self._guard.total()
+        for center in self._centers():
+            if stepped:
+                center.update_center(keep=None if non_finite is None else non_finite > 0)
+            else:
+                center.reset()
+        if stepped:
+            self.teacher.follow(self.student, self.plan.momentum_at(step))
+        return non_finite
+
+    def begin_run(self) -> None:
+        for center in self._centers():
+            center.train()
+            center.reset()
+
+    def frozen_parts(self, step: int) -> list[nn.Module]:
+        return [self.student.backbone] if self.plan.epoch(step) < self.options["freeze_backbone_epochs"] else []
+
+    def learning_rate(self, images: int) -> float:
+        return self.options["lr"] * math.sqrt(images / 1024)
+
+    def build_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        rates = {name: self.options[name] for name in ("layerwise_decay", "patch_embed_lr_mult")}
+        depth = len(getattr(self.student.backbone, "blocks", ()))
+        return build_optimizer(self.options["optimizer"], layered_param_groups(self.student, depth=depth, **rates), fused=fused)
+
+    def set_rates(self, groups: list[dict[str, Any]], step: int) -> None:
+        """A frozen last layer has a rate of 0: its moments move, and its gradient counts in the norm that is clipped."""
+        plan = self.plan
+        for group in groups:
+            group["lr"] = group["lr_multiplier"] * (plan.last_layer_lr_at(step) if group["last_layer"] else plan.lr_at(step))
+            group["weight_decay"] = plan.weight_decay_at(step) if group["decayed"] else 0.0
+
+    def flops_per_image(self, views: Sequence[Tensor]) -> int:
+        """With as many masked patches as the options say on average."""
+        rows = None
+        if self.options["ibot_loss_weight"] > 0:
+            patches = math.prod(self._grid(views[0]))
+            masked = 2 * patches * self.options["mask_probability"] * sum(self.options["mask_ratio"]) / 2
+            rows = torch.arange(round(masked), device=self.device)
+        student = count_flops(self.student, lambda: _look(self.student, views, rows))
+        return 3 * student + count_flops(self.teacher, lambda: _look(self.teacher, views[:2], rows))
+
+    def failure(self, step: int) -> str:
+        norms = "".join(f"norm of a centre {center.center.norm().item():.4g}, " for center in self._centers())
+        return f"teacher temperature {self.plan.teacher_temp_at(step):.4g}, {norms}"
+
+    def _centers(self) -> list[Centering]:
+        return [self.dino_center, self.ibot_center] if self.options["centering"] == "centering" else []
+
+    def _targets(self, which: Literal["dino", "ibot"], logits: Tensor | None, temp: float) -> Tensor | None:
+        """The teacher's distributions; a centre is as it was before this step."""
+        if logits is None or self.options["centering"] == "sinkhorn_knopp":
+            return None if logits is None else sinkhorn_knopp(logits, temp)
+        return getattr(self, f"{which}_center")(logits, temp)
+
+    def _grid(self, view: Tensor) -> tuple[int, int]:
+        patch_size = self.student.backbone.patch_size
+        return view.shape[-2] // patch_size, view.shape[-1] // patch_size
+
+    def _masked(self, view: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The masks (2·B, h·w) on the host, and the places (M,) of masked patches among all on the device, where iBOT asks for them."""
+        if getattr(self.student.backbone, "mask_token", None) is None:
+            return None, None
+        masks = self.draw_masks(2 * len(view), self._grid(view))
+        if self.options["ibot_loss_weight"] == 0:
+            return masks, None
+        return masks, masks.flatten().nonzero().squeeze(1).to(view.device, non_blocking=True)
+
+    @torch.no_grad()
+    def _measure(self, targets: Tensor, patch_targets: Tensor | None, dino_loss: Tensor) -> dict[str, Tensor]:
+        entropy = _entropy(targets)
+        numbers = {"teacher_entropy": entropy, "kl": dino_loss - entropy}
+        if patch_targets is not None and len(patch_targets):
+            numbers["patch_entropy"] = _entropy(patch_targets[:_MEASURED])
+        if self.koleo_loss.distance is not None:
+            numbers["koleo_distance"] = self.koleo_loss.distance
+        return numbers
+
+
+_MEASURED = 256  # masked patches that the entropy is taken of: all would be one more pass over the widest tensor
+
+
+class _Look(NamedTuple):
+    """``features`` (2·B, D) of the global crops, ``logits`` (V·B, K) of all views, ``patch_logits`` (M, K) of the masked patches."""
+
+    features: Tensor
+    logits: Tensor
+    patch_logits: Tensor | None
+
+
+def _look(network: Network, views: Sequence[Tensor], rows: Tensor | None, masks: Tensor | None = None) -> _Look:
+    """What a network makes of the views: of the global crops with their ``masks``, where it is to be given any."""
+    crops, local = torch.cat(list(views[:2])), views[2:]
+    if rows is None and masks is None:
+        features, patches = network.backbone(crops), None
+    else:
+        masks = masks if masks is None else masks.to(crops.device, non_blocking=True)
+        tokens = network.backbone.forward_features(crops, masks=masks)[0]
+        features, patches = tokens.cls, tokens.patches.flatten(2).transpose(1, 2).flatten(0, 1)  # (2·B·h·w, D)
+    logits = network.dino_head(torch.cat([features, network.embed(local)]) if local else features)
+    # Not together with the class tokens: joining and parting the widest tensors costs more than a second call of the head.
+    patch_logits = None if rows is None else getattr(network, "ibot_head", network.dino_head)(patches[rows])
+    return _Look(features, logits, patch_logits)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Mean entropy of distributions (n, K), in nats."""
+    return torch.special.entr(p).sum(dim=-1).mean()
