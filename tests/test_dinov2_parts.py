@@ -12,7 +12,8 @@ from dino_lightning import VisionTransformer
 from dino_lightning.backbones import block as blocks
 from dino_lightning.backbones import build
 from dino_lightning.backbones.block import FFNS, Block, drop_path_subset
-from dino_lightning.data.masking import _draws, _mask, sample_masks
+from dino_lightning.data import masking
+from dino_lightning.data.masking import sample_masks
 from dino_lightning.training.optim import clip_together_, gradient_norms, layered, layered_param_groups
 from dino_lightning.training.randomness import seeded
 
@@ -196,7 +197,7 @@ def assert_same_law(scores):
     assert max(worst.values()) < bound, (worst, bound)
 
 
-@pytest.mark.parametrize("setting, n_batches", [(0, 200), (1, 500)])
+@pytest.mark.parametrize("setting, n_batches", [(0, 600), (1, 1600)])
 def test_masks_have_the_law_of_the_reference(golden, setting, n_batches):
     g = golden("dinov2/masks")
     side, n_images = g.item(f"{setting}.config.grid"), g.item(f"{setting}.config.batch_size")
@@ -221,6 +222,9 @@ def test_masks_have_the_law_of_the_reference(golden, setting, n_batches):
         return z_of_means(found, samples, g[f"{setting}.{name}.mean"], g[f"{setting}.{name}.sd"], golden_samples)
 
     occupancy = g[f"{setting}.occupancy"]
+    rim = torch.ones(side, side, dtype=torch.bool)
+    rim[1:-1, 1:-1] = False
+    borders = flat[:, rim.numpy()].mean(axis=1)
     labels = components(flat[:4000])
     assert_same_law({
         "count": means("count", counts.mean()),
@@ -229,6 +233,7 @@ def test_masks_have_the_law_of_the_reference(golden, setting, n_batches):
         "shortfall": z_of_histogram(requests - counts.ravel(), g[f"{setting}.shortfall.hist"]),
         "strata": means("stratum", counts.mean(axis=0), n_batches, g.item(f"{setting}.stratum.n")),
         "occupancy": z_of_means(flat.mean(axis=0), n, occupancy, (occupancy * (1 - occupancy)).sqrt(), golden_n),
+        "border": z_of_means(borders.mean(), n, occupancy[rim].mean(), torch.tensor(borders.std()), golden_n),
         "rows": means("rows", flat.mean(axis=(0, 2))),
         "columns": means("cols", flat.mean(axis=(0, 1))),
         "blocks": means("blocks", labels.mean(), len(labels)),
@@ -241,9 +246,19 @@ def test_masks_have_the_law_of_the_reference(golden, setting, n_batches):
 def test_a_mask_for_a_request_has_the_law_of_the_reference(golden, target):
     g = golden("dinov2/masks")
     side, request = g.item(f"target{target}.grid"), g.item(f"target{target}.requested")
-    draws = _draws(np.random.default_rng(target))
-    counts = [_mask(request, side, side, draws).bit_count() for _ in range(5000)]
+    draws = masking._draws(np.random.default_rng(target))
+    counts = [masking._mask(request, side, side, draws).bit_count() for _ in range(5000)]
     assert_same_law({"counts": z_of_histogram(np.array(counts), g[f"target{target}.count.hist"])})
+
+
+@pytest.mark.parametrize("grid, cap", [(14, 98), (16, 128), (8, 32), (7, 21), ((4, 10), 20)])
+def test_no_block_of_a_mask_is_larger_than_half_of_it(grid, cap, monkeypatch):
+    """As the golden caps are; their requests stay below them."""
+    rooms = []
+    new_block = masking._new_block
+    monkeypatch.setattr(masking, "_new_block", lambda mask, room, *rest: (rooms.append(room), new_block(mask, room, *rest))[1])
+    sample_masks(20, grid, ratio=(0.9, 0.9), probability=1.0, generator=np.random.default_rng(0))
+    assert max(rooms) == cap
 
 
 def test_masks_depend_on_the_generator_alone_and_advance_it():
