@@ -20,8 +20,10 @@ from dino_lightning.backbones import build
 from dino_lightning.tools import attention, export, knn
 from dino_lightning.weights import PUBLISHED
 from dino_lightning.weights.export import export as write
-from dino_lightning.weights.load import adapted
+from dino_lightning.weights.load import adapted, load_into
+from dino_lightning.weights.networks import facts_of
 from dino_lightning.weights.package import Package
+from dino_lightning.weights.source import open_source
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -299,6 +301,43 @@ def test_nothing_in_common_is_an_error(tiny):
         path = tiny[1].replace("tiny.pth", "whole.pth")
         torch.save({"teacher": module().teacher.state_dict()}, path)
         DINOModule("vit_tiny", out_dim=64, hidden_dim=16, bottleneck_dim=8, weights=path, weights_with_head=True)
+
+
+def test_mask_tokens_go_where_there_is_a_place_for_them(tmp_path, caplog):
+    caplog.set_level("INFO")
+    vit, plain = small_vit(mask_token=True, layer_scale=0.1, drop_path_uniform=True), small_vit(layer_scale=0.1)
+    torch.save(vit.state_dict(), tmp_path / "masked.pth")
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    torch.save({**plain.state_dict(), "mask_token": torch.ones(1, 1, 48)}, tmp_path / "odd.pth")
+    own = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mask_token=True, layer_scale=0.1)
+    for name in ("plain", "odd"):
+        load_into(own, open_source(tmp_path / f"{name}.pth"))
+        assert same_weights(plain, own) and not own.mask_token.any()
+        assert f"{name}.pth has no mask token for this backbone, which keeps its own" in caplog.text
+    load_into(own, open_source(tmp_path / "masked.pth"))
+    assert same_weights(vit, own) and own.mask_token.any()
+    without = load_backbone(tmp_path / "masked.pth", num_heads=3)
+    assert without.mask_token is None and torch.equal(features(without), features(vit)), "features need none"
+
+    checkpoint = {"state_dict": {f"teacher.backbone.{name}": v for name, v in vit.state_dict().items()}, "dino_lightning": facts_of(vit)}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    package = Package(vit, (32, 32), 3, (0.5,) * 3, (0.5,) * 3)
+    for source in (tmp_path / "last.ckpt", write(package, "safetensors", tmp_path / "safetensors")):
+        loaded = load_backbone(source, drop_path_rate=0.2)
+        assert loaded.state_dict().keys() == vit.state_dict().keys() and same_weights(vit, loaded)
+        assert [block.drop_path for block in loaded.blocks] == [0.2, 0.2] and loaded.drop_path_uniform
+    for form in ("torchhub", "transformers", "timm"):
+        folder = write(package, form, tmp_path / form)
+        source = open_source(folder)
+        assert torch.equal(features(load_backbone(folder, num_heads=3)), features(vit))
+        assert form == "timm" or torch.equal(source.backbone["mask_token"], vit.mask_token), "DINOv2's have a place"
+    bare = small_vit(mask_token=True)
+    for form in ("torchhub", "transformers", "timm"):  # as networks of DINO, which have none
+        folder = write(package._replace(backbone=bare), form, tmp_path / f"{form}-bare")
+        assert "mask_token" not in open_source(folder).backbone
+        assert torch.equal(features(load_backbone(folder, num_heads=3)), features(bare))
+    assert features(timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()).shape == (2, 48)
+    assert features(transformers.AutoModel.from_pretrained(tmp_path / "transformers").eval()).shape == (2, 48)
 
 
 def test_weights_of_other_parts_or_heads_are_refused(tmp_path):

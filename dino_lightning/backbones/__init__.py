@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Literal
 
 import torch
 from torch import nn
@@ -35,27 +36,42 @@ def build(
     img_size: int | tuple[int, int] = 224,
     in_chans: int = 3,
     drop_path_rate: float = 0.0,
+    registers: int = 0,
+    layer_scale: float | None = None,
+    ffn: Literal["mlp", "swiglu"] = "mlp",
+    mask_token: bool = False,
+    drop_path_uniform: bool = False,
 ) -> nn.Module:
     """An untrained backbone by name: a ViT of ``VIT_SIZES``, a torchvision CNN, or ``timm/NAME``. Never touches the network.
 
-    ``dinov2_vits14``, ``b``, ``l`` and ``g``, with ``_reg`` for four registers, are the ViTs of DINOv2, whose patches have 14 pixels.
+    ``dinov2_vits14``, ``b``, ``l`` and ``g``, with ``_reg`` for four registers, are the ViTs of DINOv2, whose patches have 14 pixels;
+    they bring their own ``registers``, ``layer_scale`` and ``ffn``. What these options mean, ``VisionTransformer`` says.
 
     Raises:
-        ValueError: for an unknown name, listing what there is.
+        ValueError: for an unknown name, listing what there is; for options that a backbone of this name does not have.
     """
     if name in VIT_SIZES:
         embed_dim, depth, num_heads = VIT_SIZES[name]
         return VisionTransformer(
-            img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate
-        )
+            img_size, patch_size, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate, registers=registers,
+            layer_scale=layer_scale, ffn=ffn, mask_token=mask_token, drop_path_uniform=drop_path_uniform,
+        )  # fmt: skip
     if name.removesuffix("_reg") in _DINOV2:
         embed_dim, depth, num_heads = VIT_SIZES[_DINOV2[name.removesuffix("_reg")]]
-        registers = name.endswith("_reg")
+        own = 4 if name.endswith("_reg") else 0
+        if registers not in (0, own):
+            raise ValueError(f"{name} has {own} registers, not {registers}; choose {name.removesuffix('_reg')}_reg for 4, or a vit_* name")
         return VisionTransformer(
-            img_size, 14, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate, registers=4 * registers,
+            img_size, 14, in_chans, embed_dim, depth, num_heads, drop_path_rate=drop_path_rate, registers=own,
             layer_scale=1e-5, ffn="swiglu" if name.startswith("dinov2_vitg") else "mlp",
-            position_offset=0.0 if registers else 0.1, position_antialias=registers,
+            position_offset=0.0 if own else 0.1, position_antialias=bool(own),
+            mask_token=mask_token, drop_path_uniform=drop_path_uniform,
         )  # fmt: skip
+    if name.startswith("timm/") or name in cnn_names():
+        options = {"registers": registers, "mask_token": mask_token, "drop_path_uniform": drop_path_uniform}
+        asked = ", ".join(f"{option}={value}" for option, value in options.items() if value)
+        if asked:
+            raise ValueError(f"{name} takes no {asked}: only a VisionTransformer has this; choose one of {', '.join(VIT_SIZES)}, {', '.join(_DINOV2)}")
     if name.startswith("timm/"):
         return timm_model(name.removeprefix("timm/"), img_size, in_chans, drop_path_rate)
     if name in cnn_names():

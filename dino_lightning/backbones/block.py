@@ -1,13 +1,28 @@
 """A block of a vision transformer: attention, then an MLP, each on normalised tokens and added to them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class Block(nn.Module):
+    """Pre-norm block, with stochastic depth (Huang et al. 2016) in training.
+
+    It drops a branch of whole samples at the rate ``drop_path``, and scales the others to keep the mean: each sample by a draw
+    of its own, or if ``drop_path_by_subset``, always so many (``drop_path_subset``), whose branch is not computed.
+    """
+
     def __init__(
-        self, dim: int, num_heads: int, mlp: nn.Module, drop_path: float, layer_scale: float | None, norm_eps: float
+        self,
+        dim: int,
+        num_heads: int,
+        mlp: nn.Module,
+        drop_path: float,
+        layer_scale: float | None,
+        norm_eps: float,
+        drop_path_by_subset: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -16,23 +31,46 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim)
-        self.drop_path = drop_path
+        self.drop_path, self.drop_path_by_subset = drop_path, drop_path_by_subset
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D)."""
-        x = x + self._drop(self.ls1(self.attn(self.norm1(x))))
-        return x + self._drop(self.ls2(self.mlp(self.norm2(x))))
+        x = self._with_branch(x, self._attention_branch)
+        return self._with_branch(x, self._mlp_branch)
 
     def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
         """(B, T, D) → this block's attention of the first ``n_queries`` tokens, or of all (B, heads, n_queries, T)."""
         return self.attn.attention(self.norm1(x), n_queries)
 
-    def _drop(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al. 2016): drops the branch of whole samples, and scales the others to keep the mean."""
+    def _attention_branch(self, x: Tensor) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x)))
+
+    def _mlp_branch(self, x: Tensor) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def _with_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.drop_path == 0 or not self.training:
-            return branch
+            return x + branch(x)
+        if not self.drop_path_by_subset:
+            return x + self._drop(branch(x))
+        count, factor = drop_path_subset(len(x), self.drop_path)
+        kept = drawn_samples(len(x), count, x.device)
+        return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
+
+    def _drop(self, branch: Tensor) -> Tensor:
         keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
         return branch * keep.div_(1 - self.drop_path)
+
+
+def drop_path_subset(batch: int, rate: float) -> tuple[int, float]:
+    """How many samples of a batch DINOv2 keeps in a branch at a drop rate, at least one, and the factor that keeps the mean."""
+    kept = max(int(batch * (1 - rate)), 1)
+    return kept, batch / kept
+
+
+def drawn_samples(batch: int, count: int, device: torch.device) -> Tensor:
+    """``count`` different samples of a batch, their numbers in random order (count,), by torch's default generator."""
+    return torch.randperm(batch, device=device)[:count]
 
 
 class _Attention(nn.Module):

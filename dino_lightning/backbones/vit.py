@@ -2,7 +2,7 @@
 
 State-dict keys, initialisation and numerics are those of the reference (and of timm): pre-norm, LayerNorm eps 1e-6,
 exact GELU. Paper: Dosovitskiy et al. 2021; positions at other sizes as in Caron et al. 2021. What DINOv2's networks have
-beyond that (Oquab et al. 2023, Darcet et al. 2023) are options: LayerScale, SwiGLU, registers.
+beyond that (Oquab et al. 2023, Darcet et al. 2023) are options: LayerScale, SwiGLU, registers, a mask token.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,11 @@ VIT_SIZES = {
 
 
 class Tokens(NamedTuple):
-    """What a block gives, after the final norm: ``cls`` (B, D), and ``patches`` (B, D, h, w)."""
+    """What a block gives, after the final norm: ``cls`` (B, D), ``patches`` (B, D, h, w) and ``registers`` (B, R, D)."""
 
     cls: Tensor
     patches: Tensor
+    registers: Tensor
 
 
 class VisionTransformer(nn.Module):
@@ -42,13 +43,15 @@ class VisionTransformer(nn.Module):
         depth: number of blocks.
         num_heads: attention heads; must divide ``embed_dim``.
         mlp_ratio: hidden width of a block's MLP over ``embed_dim``.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 in the first. See ``drop_path_uniform``.
         registers: tokens beside the class token and the patches, without a position and without a meaning of their own.
         layer_scale: gain of each block's branches at the start, learned for each channel; None for none.
         ffn: the blocks' MLP, with GELU, or gated by SiLU ("swiglu", whose hidden width is two thirds of it).
         position_offset: patches by which a grid is taken too large where positions are interpolated; the reference's habit.
         position_antialias: antialias positions where they are interpolated to a smaller grid.
         norm_eps: of the layer norms.
+        mask_token: have a token that stands for masked patches; ``forward_features`` then takes ``masks``.
+        drop_path_uniform: drop paths as DINOv2 does: at the full rate in every block, and always the same number of samples.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class VisionTransformer(nn.Module):
         position_offset: float = 0.1,
         position_antialias: bool = False,
         norm_eps: float = 1e-6,
+        mask_token: bool = False,
+        drop_path_uniform: bool = False,
     ) -> None:
         super().__init__()
         if ffn not in FFNS:
@@ -77,15 +82,18 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"drop_path_rate must lie in [0, 1), got {drop_path_rate}")
         self.embed_dim, self.patch_size, self.layer_scale = embed_dim, patch_size, layer_scale
         self.position_offset, self.position_antialias = position_offset, position_antialias
+        self.drop_path_uniform = drop_path_uniform
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
         self.grid = _grid(sides[0], sides[-1], patch_size)
         self.patch_embed = _PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
-        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if mask_token else None
+        rates = [drop_path_rate * (1 if drop_path_uniform else i / max(1, depth - 1)) for i in range(depth)]
+        hidden_dim = int(embed_dim * mlp_ratio)
         blocks = [
-            Block(embed_dim, num_heads, FFNS[ffn](embed_dim, int(embed_dim * mlp_ratio)), rate, layer_scale, norm_eps)
+            Block(embed_dim, num_heads, FFNS[ffn](embed_dim, hidden_dim), rate, layer_scale, norm_eps, drop_path_uniform)
             for rate in rates
         ]
         self.blocks = nn.ModuleList(blocks)
@@ -93,12 +101,14 @@ class VisionTransformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weights of the blocks, positions and class token anew."""
+        """Draws the weights of the blocks, positions and tokens anew."""
         # The patch embedding keeps torch's default, as in the reference.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.cls_token, std=0.02 if self.mask_token is None else 1e-6)  # DINO's, DINOv2's
         if self.register_tokens is not None:
-            nn.init.trunc_normal_(self.register_tokens, std=0.02)
+            nn.init.trunc_normal_(self.register_tokens, std=1e-6)
+        if self.mask_token is not None:
+            nn.init.zeros_(self.mask_token)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -122,29 +132,25 @@ class VisionTransformer(nn.Module):
         """All tokens of the last ``n`` blocks, oldest first, each after the final norm: n tensors (B, T, D)."""
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n must lie between 1 and the depth {len(self.blocks)}, got {n}")
-        x = self._tokens(x)
-        layers = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i >= len(self.blocks) - n:
-                layers.append(self.norm(x))
-        return layers
+        return self._last_layers(self._tokens(x), n)
 
-    def forward_features(self, x: Tensor, blocks: Sequence[int] = (-1,)) -> list[Tokens]:
-        """Images (B, C, H, W) → class and patch tokens of ``blocks``, numbered as in Python: (-1,) is the last alone.
+    def forward_features(self, x: Tensor, blocks: Sequence[int] = (-1,), masks: Tensor | None = None) -> list[Tokens]:
+        """Images (B, C, H, W) → the tokens of ``blocks``, numbered as in Python: (-1,) is the last alone.
+
+        Where ``masks`` (B, h·w; bool) is true, the network sees the mask token instead of the patch, and where it is.
 
         Raises:
-            ValueError: for a block that there is not.
+            ValueError: for a block that there is not, for masks of another shape, or if there is no mask token.
         """
         depth = len(self.blocks)
         if not blocks or any(not -depth <= block < depth for block in blocks):
             raise ValueError(f"blocks must be numbers from {-depth} to {depth - 1}, got {tuple(blocks)}")
         grid = _grid(*x.shape[-2:], self.patch_size)
         indices = [block % depth for block in blocks]
-        layers = self.get_intermediate_layers(x, depth - min(indices))
+        layers = self._last_layers(self._tokens(x, masks), depth - min(indices))
         found = [layers[index - depth] for index in indices]
         patches = [tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(-1, grid) for tokens in found]
-        return [Tokens(tokens[:, 0], places) for tokens, places in zip(found, patches)]
+        return [Tokens(tokens[:, 0], places, tokens[:, 1 : self.prefix_tokens]) for tokens, places in zip(found, patches)]
 
     def set_grid(self, img_size: int | Sequence[int]) -> None:
         """Interpolates the learned positions to the grid of another image size once and for all."""
@@ -167,21 +173,40 @@ class VisionTransformer(nn.Module):
         rows = self._last_attention(x, n_queries=1)[:, :, 0, self.prefix_tokens :]
         return rows.unflatten(-1, _grid(*x.shape[-2:], self.patch_size))
 
+    def _last_layers(self, x: Tensor, n: int) -> list[Tensor]:
+        layers = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                layers.append(self.norm(x))
+        return layers
+
     def _last_attention(self, x: Tensor, n_queries: int | None) -> Tensor:
         x = self._tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
         return self.blocks[-1].attention(x, n_queries)
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → (B, T, D) with positions added: class token, registers, h·w patches."""
         grid = _grid(*x.shape[-2:], self.patch_size)
         batch = x.shape[0]  # not len(x), which torch.export would take for a constant
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), self.patch_embed(x)], dim=1)
+        patches = self.patch_embed(x) if masks is None else self._masked(self.patch_embed(x), masks)
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1)
         x = x + self._positions(*grid)
         if self.register_tokens is None:
             return x
         return torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
+
+    def _masked(self, patches: Tensor, masks: Tensor) -> Tensor:
+        """Patches (B, N, D) with the mask token where ``masks`` (B, N) is true."""
+        if self.mask_token is None:
+            raise ValueError("there are masks, but this VisionTransformer has no mask token; build it with mask_token=True")
+        if masks.shape != patches.shape[:2] or masks.dtype != torch.bool:
+            raise ValueError(
+                f"masks must be bool of shape (images, patches), here {tuple(patches.shape[:2])}, got {masks.dtype} {tuple(masks.shape)}"
+            )
+        return torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
     def _positions(self, h: int, w: int) -> Tensor:
         """Learned positions for a grid of h × w patches (1, 1 + h·w, D)."""

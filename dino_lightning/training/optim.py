@@ -1,6 +1,8 @@
-"""Optimizers: parameter groups of the reference, per-tensor clipping without host syncs, and LARS."""
+"""Optimizers: parameter groups of DINO and DINOv2, clipping without host syncs, and LARS."""
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,53 @@ def param_groups(module: nn.Module, weight_decay: float | None = None) -> list[d
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to a parameter: not to biases and one-dimensional tensors."""
     return not name.endswith(".bias") and parameter.ndim != 1
+
+
+class Layered(NamedTuple):
+    """How DINOv2 treats a parameter: the factor of its learning rate, whether it is decayed, whether a head's last layer has it."""
+
+    lr_multiplier: float
+    decayed: bool
+    last_layer: bool
+
+
+def layered(name: str, *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float) -> Layered:
+    """The rules of DINOv2 for a parameter, by its name in a network of ``backbone.*``, a ViT, and heads.
+
+    The rate falls by ``layerwise_decay`` from block to block towards the input; the final norm and the heads have all of it.
+    Chunks before the number of a block (``blocks.CHUNK.N.``) change nothing.
+
+    Raises:
+        ValueError: for a block beyond ``depth``.
+    """
+    block = re.match(r"backbone\.blocks\.(?:\d+\.)?(\d+)\.", name)
+    below = 0  # how many layers are between this one and the output
+    if block:
+        below = depth - int(block[1])
+        if below < 1:
+            raise ValueError(f"{name} is beyond the depth {depth}; give the depth of this network")
+    elif name.startswith(_EMBEDDINGS):
+        below = depth + 1
+    multiplier = layerwise_decay**below * (patch_embed_lr_mult if name.startswith("backbone.patch_embed.") else 1.0)
+    decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+    return Layered(multiplier, decayed, not name.startswith("backbone.") and ".last_layer." in name)
+
+
+_EMBEDDINGS = tuple(f"backbone.{part}" for part in ("patch_embed.", "pos_embed", "cls_token", "register_tokens", "mask_token"))
+
+
+def layered_param_groups(module: nn.Module, *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
+    """The trainable parameters of ``module`` (``backbone.*``, and heads), those together that ``layered`` treats alike.
+
+    Each group has ``params``, and beside them ``lr_multiplier``, ``decayed`` and ``last_layer``, for a schedule to set its learning rate and
+    decay by. The groups are in ascending order of these three.
+    """
+    groups: dict[Layered, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            rule = layered(name, depth=depth, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult)
+            groups.setdefault(rule, []).append(parameter)
+    return [{"params": groups[rule], **rule._asdict()} for rule in sorted(groups)]
 
 
 def build_optimizer(name: str, groups: list[dict], *, fused: bool) -> torch.optim.Optimizer:
@@ -60,6 +109,17 @@ def clip_each_(gradients: Sequence[Tensor], norms: Sequence[Tensor], max_norm: f
     torch._foreach_reciprocal_(factors)
     torch._foreach_clamp_max_(factors, 1.0)
     torch._foreach_mul_(gradients, factors)
+
+
+@torch.no_grad()
+def clip_together_(gradients: Sequence[Tensor], norms: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scales all gradients by one factor, in place, so that their common norm is at most ``max_norm``; returns that norm as it was.
+
+    This is the clipping of DINOv2, for each of its backbone and heads. Nothing is read back to the host.
+    """
+    total = torch.linalg.vector_norm(torch.stack(list(norms)))
+    torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
 
 
 class LARS(torch.optim.Optimizer):

@@ -65,8 +65,10 @@ def _write_torchhub(package: Package, folder: Path) -> str:
                 f"the reference's ViT has a square grid and 1e-6 as epsilon of its norms, this one {backbone.grid[0]}×{backbone.grid[1]} "
                 f"and {backbone.norm.eps:g}; choose a square image_size, or safetensors, timm or onnx"
             )
-        if backbone.layer_scale is not None:
-            weights["mask_token"] = torch.zeros(1, backbone.embed_dim)  # DINOv2's networks have one, for their training
+        if backbone.layer_scale is None:
+            weights.pop("mask_token", None)
+        else:  # DINOv2's networks have one, for their training
+            weights.setdefault("mask_token", torch.zeros(1, backbone.embed_dim))
     if package.head is None:
         torch.save(weights, folder / "backbone.pth")
         return _usage_of_ours(package, "FOLDER/backbone.pth") or _USAGE_OF_A_STATE_DICT

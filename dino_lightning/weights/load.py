@@ -16,7 +16,8 @@ from dino_lightning.weights.source import Source, open_source
 log = logging.getLogger(__name__)
 
 # Parts of published files that have nothing to do with features: classifiers, poolers, what masked training needs.
-_BESIDE = ("head.", "fc.", "classifier.", "pooler.", "mask_token")
+_MASK_TOKEN = "mask_token"
+_BESIDE = ("head.", "fc.", "classifier.", "pooler.", _MASK_TOKEN)
 _WITHIN = ("blocks.", "layer", "register_tokens", "norm")  # parts without which the features would be others
 
 
@@ -82,7 +83,7 @@ def load_backbone(
 def load_into(backbone: nn.Module, source: Source) -> Report:
     """Copies weights into a backbone that is there; positions are interpolated to its grid, the first convolution is adapted.
 
-    What the source has beside a backbone is named in the log, and left out.
+    What the source has beside a backbone is named in the log, and left out. A mask token that the source lacks stays as it is.
 
     Raises:
         ValueError: if nothing matches, something is missing, of another shape or of a part that the backbone does not have; of a
@@ -90,7 +91,11 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
     """
     own = backbone.state_dict()
     # A network of another library may bear the names that the source has, before they become ours.
-    weights = dict(source.plain if own.keys() <= source.plain.keys() else source.backbone)
+    weights = dict(source.plain if own.keys() - {_MASK_TOKEN} <= source.plain.keys() else source.backbone)
+    if _MASK_TOKEN in own and getattr(weights.get(_MASK_TOKEN), "shape", None) != own[_MASK_TOKEN].shape:
+        log.info("%s has no mask token for this backbone, which keeps its own", source.name)
+        weights.pop(_MASK_TOKEN, None)
+        del own[_MASK_TOKEN]
     matching = [name for name in own if name in weights]
     missing = tuple(name for name in own if name not in weights and not name.endswith("num_batches_tracked"))
     unexpected = tuple(name for name in weights if name not in own)

@@ -27,6 +27,8 @@ def facts_of(vit: VisionTransformer) -> dict[str, Any]:
         "norm_eps": vit.norm.eps,
         "position_offset": vit.position_offset,
         "position_antialias": vit.position_antialias,
+        "mask_token": vit.mask_token is not None,  # published files have one as well, which features do not need
+        "drop_path_uniform": vit.drop_path_uniform,
     }
 
 
@@ -104,6 +106,8 @@ def vit_arguments(
         "position_offset": facts.get("position_offset", 0.1 if registers is None else 0.0),
         "position_antialias": facts.get("position_antialias", registers is not None),
         "norm_eps": facts.get("norm_eps", 1e-6),
+        "mask_token": facts.get("mask_token", False),
+        "drop_path_uniform": facts.get("drop_path_uniform", False),
     }
     return arguments
 

@@ -58,7 +58,7 @@ features = model(images)'''
 
 def _vit(vit: VisionTransformer) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Name, arguments and weights in timm's names."""
-    weights = dict(vit.state_dict())
+    weights = {name: value for name, value in vit.state_dict().items() if name != "mask_token"}  # timm's have no place for it
     attention, mlp = vit.blocks[0].attn, vit.blocks[0].mlp
     swiglu = hasattr(mlp, "w12")
     hidden = mlp.w12.out_features if swiglu else mlp.fc1.out_features

@@ -67,6 +67,7 @@ def write_transformers(package: Package, folder: Path) -> str:
     else:
         hidden = vit.blocks[0].mlp.fc1.out_features
         config, weights = transformers.ViTConfig(**shape, intermediate_size=hidden), _renamed(vit, _NAMES_OF_VIT + _NAMES)
+        weights.pop("embeddings.mask_token", None)  # a ViTModel has none
         config.architectures = ["ViTModel"]
     config.save_pretrained(folder)
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
@@ -94,7 +95,7 @@ def _dinov2(vit: VisionTransformer, shape: dict[str, Any], transformers: Any) ->
         raise ValueError(f"a Dinov2Model with SwiGLU has mlp_ratio 4, this network a hidden width of {mlp.w3.in_features}")
     shape = {**shape, "mlp_ratio": int(ratio), "use_swiglu_ffn": swiglu}
     weights = _renamed(vit, _NAMES)
-    weights["embeddings.mask_token"] = torch.zeros(1, vit.embed_dim)
+    weights.setdefault("embeddings.mask_token", torch.zeros(1, vit.embed_dim))
     if vit.layer_scale is None:
         gains = [f"encoder.layer.{i}.layer_scale{j}.lambda1" for i in range(len(vit.blocks)) for j in (1, 2)]
         weights |= {name: torch.ones(vit.embed_dim) for name in gains}
