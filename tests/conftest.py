@@ -26,6 +26,9 @@ class Golden:
     def item(self, key: str):
         return self._arrays[key].item()
 
+    def names(self, key: str) -> list[str]:
+        return self._arrays[key].tolist()
+
     def part(self, prefix: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(prefix): self[key] for key in self._arrays.files if key.startswith(prefix)}
 

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.evaluation.collapse import (
     Signs,
     Verdict,
     diagnose,
+    forgetting,
     is_stuck,
     off_the_curve,
     stuck,
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _WINDOW = 20  # batches
 _PATIENCE = 0.01  # of the run's steps
+_OF_PATCHES = ("patch_entropy", "patch_prototypes", "koleo_distance", "masked")
 
 
 class CollapseDoctor(Callback):
@@ -52,7 +55,9 @@ class CollapseDoctor(Callback):
         self._first: dict[str, float] = {}  # loss, rank and spread at the beginning
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._out_dim = pl_module.options["out_dim"]
+        options = pl_module.options
+        self._out_dim = options["out_dim"]
+        self._patch_out_dim = options["ibot_out_dim" if options.get("ibot_separate_head") else "out_dim"]
         self._suspected, self._lasted, self._stuck = "", 0, 0
         self._share_used: Tensor | None = None  # known after a window
         self._reading: tuple[LateReading, int] | None = None
@@ -80,21 +85,31 @@ class CollapseDoctor(Callback):
         entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
         first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
-        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, *first])
-        strongest = (logits - center).argmax(dim=1)
+        missing = torch.full_like(kl, torch.nan)
+        patches = [outputs.get(name, missing) for name in _OF_PATCHES]
+        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, *patches, *first])
+        strongest = (logits if center is None else logits - center).argmax(dim=1)
         self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
         if self._batches == _WINDOW:
             self._close(trainer, pl_module.device)
         names = ("train/feature_std", "train/feature_rank", "train/view_agreement")
         pl_module.log_dict(dict(zip(names, spread)))
-        pl_module.log("train/center_norm", center.norm())
+        if center is not None:
+            pl_module.log("train/center_norm", center.norm())
         if self._share_used is not None:
             pl_module.log("train/prototypes_used", self._share_used)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that began with trained weights must not lose what they knew."""
+        before = next((callback.before for callback in trainer.callbacks if isinstance(callback, OnlineKNN)), None)
+        now = trainer.callback_metrics.get("val/knn_top1")
+        if pl_module.started_from and before is not None and now is not None and not trainer.sanity_checking:
+            self._tell(trainer, forgetting(before, now.item()))
+
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
-        self._sums = torch.zeros(8, device=device)
+        self._sums = torch.zeros(8 + len(_OF_PATCHES), device=device)
         self._chosen = torch.zeros(self._out_dim, dtype=torch.long, device=device)
 
     def _close(self, trainer: Trainer, device: torch.device) -> None:
@@ -112,10 +127,10 @@ class CollapseDoctor(Callback):
         """Says what has lasted. All ranks read the same numbers, so all stop together."""
         (reading, step), self._reading = self._reading, None
         *means, first_std, first_rank, prototypes = reading.read()
-        signs = Signs(*means, prototypes)
+        signs = Signs(*means[:6], prototypes, *means[6:])
         patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))
         self._first = self._first or {"first_loss": signs.loss, "first_rank": first_rank, "first_std": first_std}
-        verdict = diagnose(signs, self._out_dim, **self._first)
+        verdict = diagnose(signs, self._out_dim, **self._first, patch_out_dim=self._patch_out_dim)
         self._lasted = self._lasted + 1 if verdict and verdict.name == self._suspected else 1
         self._suspected = verdict.name if verdict else ""
         if verdict and self._lasted >= patience:

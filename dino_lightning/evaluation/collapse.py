@@ -9,6 +9,9 @@ class Signs(NamedTuple):
 
     ``loss``, ``entropy`` (the teacher's) and ``kl`` in nats; ``feature_std``, ``feature_rank`` and ``view_agreement`` as in
     ``spread``; ``prototypes``: effective number of those that the teacher chose, the perplexity of their counts.
+
+    Of DINOv2 as well, else NaN: ``patch_entropy`` of the teacher's distributions of masked patches, ``patch_prototypes`` as above within
+    a batch, ``koleo_distance`` of class tokens to their nearest neighbour in the batch, ``masked``, the share of masked patches.
     """
 
     loss: float
@@ -18,6 +21,10 @@ class Signs(NamedTuple):
     feature_rank: float
     view_agreement: float
     prototypes: float
+    patch_entropy: float = math.nan
+    patch_prototypes: float = math.nan
+    koleo_distance: float = math.nan
+    masked: float = math.nan
 
 
 class Verdict(NamedTuple):
@@ -27,7 +34,9 @@ class Verdict(NamedTuple):
     text: str
 
 
-def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float, first_std: float) -> Verdict | None:
+def diagnose(
+    signs: Signs, out_dim: int, *, first_loss: float, first_rank: float, first_std: float, patch_out_dim: int | None = None
+) -> Verdict | None:
     """The verdict on a window of steps, None if nothing is wrong. One bad window is no illness: see how long it lasts.
 
     Args:
@@ -36,6 +45,7 @@ def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float
         first_loss: mean over the run's first window.
         first_rank: effective rank before the first step. That of an untrained CNN is close to 1 already.
         first_std: ``feature_std`` before the first step, which learning makes larger.
+        patch_out_dim: K of the patches, if it is another.
     """
     ln_k = math.log(out_dim)
     if signs.feature_std < 0.02:
@@ -74,7 +84,47 @@ def diagnose(signs: Signs, out_dim: int, *, first_loss: float, first_rank: float
             f"nothing to learn: to the teacher the two global views of an image are the same (agreement {signs.view_agreement:.3f} of 1; "
             "different images differ). Switch the augmentation on: crop scales below 1, color_jitter, blur_p",
         )
+    return _diagnose_patches(signs, math.log(patch_out_dim or out_dim))
+
+
+def _diagnose_patches(signs: Signs, ln_k: float) -> Verdict | None:
+    if signs.masked == 0:
+        return Verdict(
+            "no_masks",
+            "no patch is masked, so the patches' loss is 0: raise mask_probability (of 2 global crops × batch_size, this share is masked, "
+            "rounded down) and mask_ratio, or set ibot_loss_weight to 0",
+        )
+    if signs.patch_entropy > ln_k - 0.25:
+        return Verdict(
+            "uniform_patch_collapse",
+            f"uniform collapse of the patches: the teacher gives all prototypes the same share (its entropy over masked patches is "
+            f"{signs.patch_entropy:.2f}, ln K = {ln_k:.2f}). Lower teacher_temp and warmup_teacher_temp (0.04), or lower ibot_loss_weight",
+        )
+    if signs.patch_prototypes < 1.5 and signs.patch_entropy < 0.1 * ln_k:
+        return Verdict(
+            "one_patch_prototype_collapse",
+            f"collapse of the patches to one prototype: the teacher puts those of a batch on about {signs.patch_prototypes:.1f} prototypes "
+            f"and is sure of it (entropy {signs.patch_entropy:.2f} of {ln_k:.2f}). Use centering=sinkhorn_knopp, or raise teacher_temp",
+        )
+    if signs.koleo_distance < 0.02:
+        return Verdict(
+            "twins",
+            f"twins: class tokens of a batch are all but equal to their nearest neighbour's (mean distance {signs.koleo_distance:.3f}, of "
+            "at most 2), and KoLeo pulls at nothing else. Are images twice in the data (dino-lightning duplicates)? Else lower lr",
+        )
     return None
+
+
+def forgetting(before: float, now: float) -> Verdict | None:
+    """Of the k-NN accuracy of a run that began with trained weights, against that before its first step."""
+    if now > 0.8 * before:
+        return None
+    return Verdict(
+        "forgetting",
+        f"forgetting: k-NN finds {100 * now:.1f} % where it found {100 * before:.1f} % before the first step: the weights that the run began "
+        "with are being ruined. Lower lr (a tenth), lengthen warmup_epochs, raise momentum_teacher (0.9995), and with DINOv2 train new "
+        "heads first (freeze_backbone_epochs)",
+    )
 
 
 def is_stuck(signs: Signs, out_dim: int) -> bool:

@@ -1,14 +1,10 @@
 """The DINO loss: cross-entropy of the student's views against the centred, sharpened teacher's (paper, equations 1 to 4)."""
 
-import math
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-_CHUNK = 2**18  # elements of a temporary on a CPU: 1 MiB in float32 stays in its cache
+from dino_lightning.losses.cross_entropy import Targets, full, row_cross_entropy
 
 
 class DINOLoss(nn.Module):
@@ -51,14 +47,16 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together, or the temperature is not positive.
         """
-        n_views = self._check(student_logits, teacher_logits, teacher_temp)
+        if teacher_temp <= 0:
+            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
+        n_views = _count_views(student_logits, teacher_logits, self.center.shape[1])
         teacher_logits = teacher_logits.detach()
         with torch.no_grad():
-            log_p = torch.log_softmax((_full(teacher_logits) - self.center) / teacher_temp, dim=-1)
+            log_p = torch.log_softmax((full(teacher_logits) - self.center) / teacher_temp, dim=-1)
             p = log_p.exp()  # (2·B, K)
             self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
             del log_p
-        loss = _PairwiseCrossEntropy.apply(student_logits, p, n_views, self.student_temp)
+        loss = _by_view(student_logits, p, n_views, self.student_temp).sum()
         if self.training:
             self._record(teacher_logits, loss.detach())
         return loss
@@ -96,85 +94,53 @@ class DINOLoss(nn.Module):
         record = torch.cat([total, tail])
         self._pending = record if self._pending is None else self._pending + record
 
-    def _check(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> int:
-        """The number of views V."""
-        if teacher_temp <= 0:
-            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
-        k = self.center.shape[1]
-        rows, teacher_rows = len(student_logits), len(teacher_logits)
-        if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
-            raise ValueError(
-                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, "
-                f"teacher {tuple(teacher_logits.shape)}"
-            )
-        if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
-            raise ValueError(
-                f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
-                "the teacher sees the two global views, the student all V"
-            )
-        return rows // (teacher_rows // 2)
 
+def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
+    """The two parts of the mean cross-entropy over all pairs of different views: of the student's global views, and of its local ones.
 
-class _PairwiseCrossEntropy(torch.autograd.Function):
-    """Mean over the 2·V − 2 pairs of −Σ p_i · log softmax(s_v / τ), with the gradient written by hand.
+    Their sum is the loss of DINO. Both are divided by all 2·V − 2 pairs.
 
-    The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of
-    the other global views' distributions, and the gradient is (n_v · q_v − P_v) / (τ · B · pairs) with n_v = ΣP_v. So there
-    are V passes over the logits instead of 2·V − 2, and temporaries are as small as a chunk of rows.
-    The backward pass recomputes q from the logits, which keeps nothing else that is wide but the teacher's distributions,
-    and rounds to half precision only after a gradient scaler's factor is in.
+    Args:
+        student_logits: (V·B, K), views-major; the first two views are the global ones.
+        targets: (2·B, K), the teacher's distributions of the global views, in their order.
+        student_temp: temperature of the student's softmax.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
     """
-
-    @staticmethod
-    def forward(ctx, student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
-        loss = p.new_zeros(())
-        log_sums = p.new_empty(len(student_logits), 1)
-        for rows, target, _ in _chunks(p, n_views):
-            scaled = _full(student_logits[rows]) / temp  # (rows, K)
-            log_q = torch.log_softmax(scaled, dim=-1)
-            log_sums[rows] = scaled[:, :1] - log_q[:, :1]
-            loss -= log_q.mul_(target).sum(dim=-1).sum()  # over K first: summing in one go loses digits
-        ctx.save_for_backward(student_logits, p, log_sums)
-        ctx.n_views, ctx.temp = n_views, temp
-        return loss / _terms(p, n_views)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        student_logits, p, log_sums = ctx.saved_tensors
-        scale = grad_loss / (ctx.temp * _terms(p, ctx.n_views))
-        gradient = torch.empty_like(student_logits)
-        for rows, target, n_targets in _chunks(p, ctx.n_views):
-            whole = gradient.dtype == p.dtype  # else rounded to half precision at the end
-            out = gradient[rows] if whole else torch.empty_like(target)
-            torch.add(math.log(n_targets) - log_sums[rows], student_logits[rows], alpha=1 / ctx.temp, out=out)
-            out.exp_().sub_(target).mul_(scale)  # exp gives n_v · q_v
-            if not whole:
-                gradient[rows] = out
-        return gradient, None, None, None
+    losses = _by_view(student_logits, targets.detach(), _count_views(student_logits, targets, targets.shape[-1]), student_temp)
+    return losses[:2].sum(), losses[2:].sum()
 
 
-def _chunks(p: Tensor, n_views: int) -> Iterator[tuple[slice, Tensor, int]]:
-    """Rows of the student's logits, what they are compared with (rows, K), and how many distributions that adds up.
+def _by_view(student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
+    """What each view of the student adds to the mean over the 2·V − 2 pairs (V,).
 
-    A view is compared with the global views but itself.
+    The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of the
+    other global views' distributions. So there are V passes over the logits instead of 2·V − 2.
     """
+    losses = row_cross_entropy(student_logits, lambda: _targets(p, n_views), temp).unflatten(0, (n_views, -1))
+    return losses.sum(dim=1) / ((2 * n_views - 2) * losses.shape[1])
+
+
+def _targets(p: Tensor, n_views: int) -> Targets:
+    """A view is compared with the global views but itself."""
     first, second = p.chunk(2)  # (B, K)
-    both = first + second
-    batch = len(first)
-    step = max(1, _CHUNK // p.shape[1]) if p.device.type == "cpu" else batch
+    both, batch = first + second, len(first)
     for view in range(n_views):
         target = second if view == 0 else first if view == 1 else both
-        for start in range(0, batch, step):
-            stop = min(start + step, batch)
-            yield slice(view * batch + start, view * batch + stop), target[start:stop], 1 if view < 2 else 2
+        yield slice(view * batch, (view + 1) * batch), target, 1 if view < 2 else 2
 
 
-def _full(logits: Tensor) -> Tensor:
-    """Half precision to float32; anything wider stays."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _terms(p: Tensor, n_views: int) -> int:
-    """Pairs of views times images, what the sum is divided by."""
-    return (2 * n_views - 2) * (len(p) // 2)
+def _count_views(student_logits: Tensor, teacher_logits: Tensor, k: int) -> int:
+    """The number of views V."""
+    rows, teacher_rows = len(student_logits), len(teacher_logits)
+    if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
+        raise ValueError(
+            f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
+        )
+    if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
+        raise ValueError(
+            f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
+            "the teacher sees the two global views, the student all V"
+        )
+    return rows // (teacher_rows // 2)

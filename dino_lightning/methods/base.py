@@ -62,6 +62,7 @@ class Method(LightningModule):
         options: the arguments of the method, but the backbone and the weights that it began with.
         images: of the global crops: size (H, W), mean and std, as far as known; kept in checkpoints.
         observed: of the training step under way, for callbacks.
+        started_from: the source of the weights that it began with, if it was not noise.
     """
 
     method: ClassVar[str]  # its name behind --method and in checkpoints
@@ -83,6 +84,7 @@ class Method(LightningModule):
                 self._hparams[name] = self._hparams_initial[name] = int(self._hparams[name])
         self._hparams["backbone"] = self._hparams_initial["backbone"] = plain(self.hparams.get("backbone", arguments["backbone"]))
 
+        self.started_from: str | None = arguments["weights"]
         self.images: dict[str, Any] = {}
         self.observed: Observed | None = None
         self._plan: Plan | None = None  # known with the first batch of a run

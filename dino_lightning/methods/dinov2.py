@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.head import DINOHead
 from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
@@ -236,8 +235,8 @@ class DINOv2Module(Method):
             loss = loss + options["koleo_loss_weight"] * parts["koleo_loss"]
 
         self._guard.count(loss)
-        self.observed = Observed(teacher.features, teacher.logits, self.dino_center.center if options["centering"] == "centering" else None)
-        numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, dino_global + dino_local)}
+        self.observed = Observed(teacher.features, teacher.logits, self.dino_center.center if self._centers() else None)
+        numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, masks, dino_global + dino_local)}
         numbers = {name: value.detach() for name, value in numbers.items()}
         self.log_dict({f"train/{name}": value for name, value in numbers.items()})
         return {**numbers, "loss": loss}
@@ -323,11 +322,20 @@ class DINOv2Module(Method):
         return masks, masks.flatten().nonzero().squeeze(1).to(view.device, non_blocking=True)
 
     @torch.no_grad()
-    def _measure(self, targets: Tensor, patch_targets: Tensor | None, dino_loss: Tensor) -> dict[str, Tensor]:
+    def _measure(
+        self, targets: Tensor, patch_targets: Tensor | None, masks: Tensor | None, dino_loss: Tensor
+    ) -> dict[str, Tensor]:
+        """What tells how the run fares, for the log and the doctor."""
         entropy = _entropy(targets)
         numbers = {"teacher_entropy": entropy, "kl": dino_loss - entropy}
-        if patch_targets is not None and len(patch_targets):
-            numbers["patch_entropy"] = _entropy(patch_targets[:_MEASURED])
+        if patch_targets is not None:
+            some = patch_targets[:_MEASURED]
+            numbers["masked"] = entropy.new_full((), len(patch_targets) / masks.numel())
+            numbers["patch_entropy"] = _entropy(some)
+            chosen = torch.zeros_like(some[0]).index_add_(0, some.argmax(dim=1), torch.full_like(some[:, 0], 1 / max(1, len(some))))
+            numbers["patch_prototypes"] = _entropy(chosen[None]).exp()
+        if self._centers():
+            numbers["patch_center_norm"] = self.ibot_center.center.norm()
         if self.koleo_loss.distance is not None:
             numbers["koleo_distance"] = self.koleo_loss.distance
         return numbers

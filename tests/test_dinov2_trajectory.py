@@ -1,0 +1,114 @@
+"""Whole training runs of DINOv2's reference, by a real Trainer: plain, resumed, accumulated, and on two real processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dinov2_trajectory import LOSSES, SCHEDULES, Golden, build_loader, build_module, train
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dino_lightning.methods.dinov2 import DINOv2Plan
+from dino_lightning.training.optim import layered
+
+RUNS = ["dinov2/trajectory_sinkhorn", "dinov2/trajectory_centering"]
+
+
+def assert_same_end(state: dict[str, torch.Tensor], golden: Golden) -> None:
+    for network in ("student", "teacher"):
+        expected_state = golden.part(f"final.{network}.")
+        assert len(expected_state) > 20
+        for key, expected in expected_state.items():
+            got = state[f"{network}.{key}"]
+            if key.endswith("qkv.bias"):  # the softmax ignores the bias of the keys: its gradient is rounding noise
+                got, expected = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (got, expected))
+            error = (got - expected).norm() / expected.norm()
+            assert not error > 1e-4, f"{network}.{key} is off by {error:.2e}"
+
+
+def assert_same_losses(losses: dict[str, torch.Tensor], golden: Golden) -> None:
+    for name, ours in zip(("loss", "loss.dino_global", "loss.dino_local", "loss.ibot"), LOSSES):
+        torch.testing.assert_close(losses[ours], golden[name].double(), rtol=1e-5, atol=0)
+    koleo = golden.item("config.koleo_loss_weight") * losses["koleo_loss"]
+    torch.testing.assert_close(koleo, golden["loss.koleo"].double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_trajectory_equals_the_reference_and_resumes(run, tmp_path):
+    golden = Golden(run)
+    every_epoch = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    module, record = train(golden, build_loader(golden, batch_size=4), callbacks=[every_epoch])
+    assert_same_losses({name: torch.tensor(values).double() for name, values in record.losses.items()}, golden)
+    torch.testing.assert_close(torch.tensor(record.norms), golden["grad_norm"].float(), rtol=1e-4, atol=0)
+    for name in SCHEDULES:
+        torch.testing.assert_close(torch.tensor(record.steps[name]), golden[name].float(), rtol=1e-6, atol=1e-12)
+    if golden.item("config.centering") == "centering":
+        for i, name in enumerate(("dino", "ibot")):
+            centers = torch.stack([step[i] for step in record.centers])
+            torch.testing.assert_close(centers, golden[f"centers.{name}"], rtol=1e-4, atol=1e-6)
+    assert_same_end(module.state_dict(), golden)
+    resumed, again = train(golden, build_loader(golden, batch_size=4), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert len(again.norms) == 3
+    for key, value in module.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+def test_micro_batches_equal_one_batch_with_centring():
+    """KoLeo sees the micro-batch, and is switched off here."""
+    golden = Golden("dinov2/trajectory_centering")
+    runs = []
+    for size in (4, 2, 1):
+        module = build_module(golden, koleo_loss_weight=0.0)
+        trained, _ = train(golden, build_loader(golden, batch_size=size), module=module, accumulate_grad_batches=4 // size)
+        runs.append(trained.state_dict())
+    for parts in runs[1:]:
+        for key, value in parts.items():
+            if "qkv.bias" not in key:
+                assert (value - runs[0][key]).norm() < 1e-4 * value.norm(), key
+
+
+def test_two_processes(tmp_path):
+    command = [sys.executable, Path(__file__).with_name("dinov2_trajectory.py"), tmp_path, "dinov2/trajectory_two_ranks"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    golden, ranks = Golden("dinov2/trajectory_two_ranks"), [torch.load(tmp_path / f"{i}.pt") for i in (0, 1)]
+    both = {name: torch.tensor([rank["losses"][name] for rank in ranks]).double().mean(dim=0) for name in LOSSES}
+    assert_same_losses(both, golden)
+    for rank in ranks:
+        torch.testing.assert_close(torch.tensor(rank["norms"]), golden["grad_norm"].float(), rtol=1e-4, atol=0)
+        assert_same_end(rank["state"], golden)
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_schedules(golden, case):
+    g = golden("dinov2/schedules")
+    config = {name: g.item(f"{case}.config.{name}") for name in (
+        "lr", "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "momentum_teacher", "warmup_teacher_temp", "teacher_temp",
+        "warmup_teacher_temp_epochs",
+    )}  # fmt: skip
+    steps_per_epoch, epochs = g.item(f"{case}.config.niter"), g.item(f"{case}.config.epochs")
+    freeze = g.item(f"{case}.config.freeze_last_layer_epochs")
+    plan = DINOv2Plan(epochs * steps_per_epoch, steps_per_epoch, **config, freeze_last_layer=freeze)
+    for name in SCHEDULES:
+        expected = g[f"{case}.{name}"]
+        found = torch.tensor([getattr(plan, f"{name}_at")(step) for step in range(len(expected))], dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+        assert found.tolist() == [plan.values_at(step)[name] for step in range(len(expected))]
+
+
+@pytest.mark.parametrize("run", [*RUNS, "dinov2/trajectory_two_ranks"])
+def test_groups_of_the_optimizer(run):
+    """Every parameter is in the group of its multipliers."""
+    golden = Golden(run)
+    module = build_module(golden)
+    groups = module.build_optimizer(fused=False).param_groups
+    of = {parameter: group for group in groups for parameter in group["params"]}
+    parameters = dict(module.student.named_parameters())
+    names = golden.names("params.name")
+    assert sorted(names) == sorted(parameters)
+    for name, lr, decay, last in zip(names, golden["params.lr_multiplier"], golden["params.wd_multiplier"], golden["params.is_last_layer"]):
+        group = of[parameters[name]]
+        assert abs(group["lr_multiplier"] - lr) < 1e-6 and (group["decayed"], group["last_layer"]) == (bool(decay), bool(last)), name
+    assert layered("dino_head.last_layer.weight_g", depth=2, layerwise_decay=0.9, patch_embed_lr_mult=0.2) == (1.0, True, True)
