@@ -125,7 +125,9 @@ class DINOCLI(LightningCLI):
         self.config = given.clone()
         options, model = self._options.trainer, self._options.model
         if self._options.get("ckpt_path"):
-            model.weights, model.weights_with_head = None, False  # the checkpoint has them, and the source may be gone
+            model.weights = None  # the checkpoint has them, and the source may be gone
+            if "weights_with_head" in model:
+                model.weights_with_head = False
             if options.num_sanity_val_steps == -1:
                 options.num_sanity_val_steps = 0  # the first step was taken long ago
         root = options.default_root_dir = _real(options.default_root_dir)

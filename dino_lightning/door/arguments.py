@@ -38,4 +38,4 @@ def read_config(config: str) -> dict[str, Any]:
 def unknown(what: str, where: str, name: str, names: Collection[str], prefix: str, remedy: str) -> UsageError:
     """That there is no such option or key, and which one may have been meant."""
     guess = nearest(name, names)
-    return UsageError(f"unknown {what} {prefix}{name} {where}; {f'did you mean {prefix}{guess}?' if guess else remedy}")
+    return UsageError(f"unknown {what} {prefix}{name}{where and f' {where}'}; {f'did you mean {prefix}{guess}?' if guess else remedy}")

@@ -329,11 +329,11 @@ class DINOv2Module(Method):
         entropy = _entropy(targets)
         numbers = {"teacher_entropy": entropy, "kl": dino_loss - entropy}
         if patch_targets is not None:
-            some = patch_targets[:_MEASURED]
             numbers["masked"] = entropy.new_full((), len(patch_targets) / masks.numel())
-            numbers["patch_entropy"] = _entropy(some)
-            chosen = torch.zeros_like(some[0]).index_add_(0, some.argmax(dim=1), torch.full_like(some[:, 0], 1 / max(1, len(some))))
-            numbers["patch_prototypes"] = _entropy(chosen[None]).exp()
+        if patch_targets is not None and len(patch_targets):
+            some = patch_targets[:_MEASURED]
+            chosen = torch.zeros_like(some[0]).index_add_(0, some.argmax(dim=1), torch.full_like(some[:, 0], 1 / len(some)))
+            numbers |= {"patch_entropy": _entropy(some), "patch_prototypes": _entropy(chosen[None]).exp()}
         if self._centers():
             numbers["patch_center_norm"] = self.ibot_center.center.norm()
         if self.koleo_loss.distance is not None:

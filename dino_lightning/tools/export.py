@@ -46,6 +46,8 @@ def export(
         raise ValueError(f"{checkpoint} is no checkpoint of dino-lightning fit, whose head could be kept; leave with_head out")
     module = load_module(checkpoint, network).cpu()
     trained, shown = getattr(module, network), images_of(module, None, mean, std)
+    if with_head and not hasattr(trained, "head"):
+        raise ValueError(f"{checkpoint} is of the method {module.method!r}, whose heads none of the forms has a place for; leave with_head out")
     package = Package(
         backbone=copy.deepcopy(trained.backbone).eval(),
         **shown._replace(size=tuple(image_size or shown.size))._asdict(),
@@ -54,6 +56,9 @@ def export(
     )
     folder = write(package, to, output, card=_card(checkpoint, package, network, module))
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}; README.md says how to load it")
+
+
+_NAMES = {"dino": "DINO", "dinov2": "DINOv2"}
 
 
 def _card(checkpoint: str, package: Package, network: str, module: Method) -> str:
@@ -71,13 +76,13 @@ def _card(checkpoint: str, package: Package, network: str, module: Method) -> st
     rows = {
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
-        "trained": f"DINO (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
+        "trained": f"{_NAMES[module.method]} (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
         **_crops(module),
         **(_history(checkpoint, config) if ours else {}),
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
-    return "\n".join(["# A backbone trained with DINO\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
+    return "\n".join([f"# A backbone trained with {_NAMES[module.method]}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 
 
 def _run_config(checkpoint: str) -> dict[str, Any]:

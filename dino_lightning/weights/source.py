@@ -73,10 +73,10 @@ def _of_file(held: Mapping[str, Any], facts: dict[str, Any], name: str, network:
 
 
 def _without_head(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leaves out a projection head, but no classifier: that is for the report to name."""
-    if not head_of(weights):
-        return dict(weights)
-    return {name: value for name, value in weights.items() if not name.removeprefix("module.").startswith("head.")}
+    """Leaves out projection heads (DINO's, DINOv2's), but no classifier: that is for the report to name."""
+    plain = {name.removeprefix("module."): value for name, value in weights.items()}
+    heads = tuple(f"{head}." for head in ("head", "dino_head", "ibot_head") if f"{head}.last_layer.weight_v" in plain)
+    return {name: value for name, value in plain.items() if not name.startswith(heads)}
 
 
 def _of_folder(path: Path, network: str) -> Source:
