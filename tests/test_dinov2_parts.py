@@ -148,6 +148,26 @@ def test_uniform_drop_path_drops_in_every_block_by_torchs_generator():
         small_vit(drop_path_rate=0.4, drop_path_uniform=True)(torch.randn(3, 3, 32, 32)).sum().backward()
 
 
+def test_drop_path_of_each_sample_by_itself_does_not_compute_what_it_drops():
+    """DINO's law: independent draws, and the factor 1 / (1 - rate)."""
+    block = small_vit(drop_path_rate=0.4).blocks[1].train()
+    x = torch.randn(4000, 2, 24)
+    with seeded(torch.device("cpu"), 0), torch.no_grad():
+        change = block._with_branch(x, block._mlp_branch) - x
+        expected = block._mlp_branch(x) / 0.6
+    kept = change.flatten(1).any(dim=1)
+    assert abs(kept.sum().item() - 2400) < 5 * math.sqrt(4000 * 0.4 * 0.6)
+    torch.testing.assert_close(change[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    pairs = kept.view(-1, 2).sum(dim=1).bincount(minlength=3) / 2000
+    torch.testing.assert_close(pairs, torch.tensor([0.16, 0.48, 0.36]), rtol=0, atol=0.06)
+    block.drop_path = 0.999  # nobody is kept
+    for precision in (torch.float32, torch.bfloat16):
+        with seeded(torch.device("cpu"), 0), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            assert torch.equal(block(x[:2]), x[:2])
+            block(x[:2].requires_grad_()).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters()), "gradients are there for all ranks to meet"
+
+
 class Recorded(np.random.Generator):
     """It remembers what each crop of a batch asked for, and the order in which crops were masked."""
 
