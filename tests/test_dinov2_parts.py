@@ -10,7 +10,7 @@ from torch import nn
 
 from dino_lightning import VisionTransformer
 from dino_lightning.backbones import block as blocks
-from dino_lightning.backbones import build
+from dino_lightning.backbones import build, freeze_unused
 from dino_lightning.backbones.block import FFNS, Block, drop_path_subset
 from dino_lightning.data import masking
 from dino_lightning.data.masking import sample_masks
@@ -80,6 +80,12 @@ def test_masks_that_do_not_fit_are_refused():
     for wrong in (masks[:1], masks[:, :9], masks.view(2, 4, 4), masks.float()):
         with pytest.raises(ValueError, match=r"masks must be bool of shape \(images, patches\), here \(2, 16\), got torch\."):
             small_vit(mask_token=True).forward_features(x, masks=wrong)
+
+
+def test_a_mask_token_is_frozen_where_nothing_is_masked(caplog):
+    vit = small_vit(mask_token=True)
+    freeze_unused(vit, torch.randn(1, 3, 32, 32))
+    assert [name for name, p in vit.named_parameters() if not p.requires_grad] == ["mask_token"] and "mask_token" in caplog.text
 
 
 def test_build_shapes_vits_by_name_and_refuses_what_others_lack():
