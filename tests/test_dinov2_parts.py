@@ -287,6 +287,15 @@ def test_no_block_of_a_mask_is_larger_than_half_of_it(grid, cap, monkeypatch):
     assert max(rooms) == cap
 
 
+def test_no_block_spans_the_grid():
+    draws = masking._draws(np.random.default_rng(0))
+    blocks = [masking._new_block(0, 98, 14, 14, draws) for _ in range(1000)]
+    rows = [[(block >> 14 * i & (1 << 14) - 1).bit_count() for i in range(14)] for block in blocks]
+    sides = [(sum(width > 0 for width in widths), max(widths)) for widths in rows]
+    assert all(h * w == block.bit_count() for (h, w), block in zip(sides, blocks)), "rectangles"
+    assert max(map(max, sides)) == 13 and min(map(min, sides)) == 1
+
+
 def test_masks_depend_on_the_generator_alone_and_advance_it():
     draws = [sample_masks(8, 6, generator=np.random.default_rng(3)) for _ in range(2)]
     assert torch.equal(*draws)
