@@ -10,7 +10,7 @@ from torch import nn
 
 from dino_lightning import VisionTransformer
 from dino_lightning.backbones import block as blocks
-from dino_lightning.backbones import build
+from dino_lightning.backbones import build, freeze_unused
 from dino_lightning.backbones.block import FFNS, Block, drop_path_subset
 from dino_lightning.data import masking
 from dino_lightning.data.masking import sample_masks
@@ -82,6 +82,12 @@ def test_masks_that_do_not_fit_are_refused():
             small_vit(mask_token=True).forward_features(x, masks=wrong)
 
 
+def test_a_mask_token_is_frozen_where_nothing_is_masked(caplog):
+    vit = small_vit(mask_token=True)
+    freeze_unused(vit, torch.randn(1, 3, 32, 32))
+    assert [name for name, p in vit.named_parameters() if not p.requires_grad] == ["mask_token"] and "mask_token" in caplog.text
+
+
 def test_build_shapes_vits_by_name_and_refuses_what_others_lack():
     with torch.device("meta"):
         shaped = build("vit_tiny", registers=2, layer_scale=1e-5, ffn="swiglu", mask_token=True, drop_path_uniform=True, drop_path_rate=0.3)
@@ -146,6 +152,26 @@ def test_uniform_drop_path_drops_in_every_block_by_torchs_generator():
     with torch.autocast("cpu", torch.bfloat16):
         assert block(x).dtype == torch.float32, "the stream of tokens keeps its precision"
         small_vit(drop_path_rate=0.4, drop_path_uniform=True)(torch.randn(3, 3, 32, 32)).sum().backward()
+
+
+def test_drop_path_of_each_sample_by_itself_does_not_compute_what_it_drops():
+    """DINO's law: independent draws, and the factor 1 / (1 - rate)."""
+    block = small_vit(drop_path_rate=0.4).blocks[1].train()
+    x = torch.randn(4000, 2, 24)
+    with seeded(torch.device("cpu"), 0), torch.no_grad():
+        change = block._with_branch(x, block._mlp_branch) - x
+        expected = block._mlp_branch(x) / 0.6
+    kept = change.flatten(1).any(dim=1)
+    assert abs(kept.sum().item() - 2400) < 5 * math.sqrt(4000 * 0.4 * 0.6)
+    torch.testing.assert_close(change[kept], expected[kept], rtol=1e-4, atol=1e-5)
+    pairs = kept.view(-1, 2).sum(dim=1).bincount(minlength=3) / 2000
+    torch.testing.assert_close(pairs, torch.tensor([0.16, 0.48, 0.36]), rtol=0, atol=0.06)
+    block.drop_path = 0.999  # nobody is kept
+    for precision in (torch.float32, torch.bfloat16):
+        with seeded(torch.device("cpu"), 0), torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+            assert torch.equal(block(x[:2]), x[:2])
+            block(x[:2].requires_grad_()).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in block.parameters()), "gradients are there for all ranks to meet"
 
 
 class Recorded(np.random.Generator):
@@ -259,6 +285,15 @@ def test_no_block_of_a_mask_is_larger_than_half_of_it(grid, cap, monkeypatch):
     monkeypatch.setattr(masking, "_new_block", lambda mask, room, *rest: (rooms.append(room), new_block(mask, room, *rest))[1])
     sample_masks(20, grid, ratio=(0.9, 0.9), probability=1.0, generator=np.random.default_rng(0))
     assert max(rooms) == cap
+
+
+def test_no_block_spans_the_grid():
+    draws = masking._draws(np.random.default_rng(0))
+    blocks = [masking._new_block(0, 98, 14, 14, draws) for _ in range(1000)]
+    rows = [[(block >> 14 * i & (1 << 14) - 1).bit_count() for i in range(14)] for block in blocks]
+    sides = [(sum(width > 0 for width in widths), max(widths)) for widths in rows]
+    assert all(h * w == block.bit_count() for (h, w), block in zip(sides, blocks)), "rectangles"
+    assert max(map(max, sides)) == 13 and min(map(min, sides)) == 1
 
 
 def test_masks_depend_on_the_generator_alone_and_advance_it():

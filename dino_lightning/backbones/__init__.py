@@ -71,7 +71,8 @@ def build(
         options = {"registers": registers, "mask_token": mask_token, "drop_path_uniform": drop_path_uniform}
         asked = ", ".join(f"{option}={value}" for option, value in options.items() if value)
         if asked:
-            raise ValueError(f"{name} takes no {asked}: only a VisionTransformer has this; choose one of {', '.join(VIT_SIZES)}, {', '.join(_DINOV2)}")
+            vits = ", ".join([*VIT_SIZES, *_DINOV2])
+            raise ValueError(f"{name} takes no {asked}: only a VisionTransformer has this; choose one of {vits}")
     if name.startswith("timm/"):
         return timm_model(name.removeprefix("timm/"), img_size, in_chans, drop_path_rate)
     if name in cnn_names():

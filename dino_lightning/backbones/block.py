@@ -11,7 +11,7 @@ class Block(nn.Module):
     """Pre-norm block, with stochastic depth (Huang et al. 2016) in training.
 
     It drops a branch of whole samples at the rate ``drop_path``, and scales the others to keep the mean: each sample by a draw
-    of its own, or if ``drop_path_by_subset``, always so many (``drop_path_subset``), whose branch is not computed.
+    of its own, or if ``drop_path_by_subset``, always as many as ``drop_path_subset`` says, for which alone the branch is computed.
     """
 
     def __init__(
@@ -51,10 +51,13 @@ class Block(nn.Module):
     def _with_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.drop_path == 0 or not self.training:
             return x + branch(x)
-        if not self.drop_path_by_subset:
+        if self.drop_path_by_subset:
+            count, factor = drop_path_subset(len(x), self.drop_path)
+            kept = drawn_samples(len(x), count, x.device)
+        elif x.device.type == "cpu":  # whose draw is known before the branch, which then need not be computed for what is dropped
+            kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
+        else:
             return x + self._drop(branch(x))
-        count, factor = drop_path_subset(len(x), self.drop_path)
-        kept = drawn_samples(len(x), count, x.device)
         return x.index_add(0, kept, branch(x[kept]).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
 
     def _drop(self, branch: Tensor) -> Tensor:

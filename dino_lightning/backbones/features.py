@@ -45,7 +45,7 @@ def freeze_unused(backbone: nn.Module, images: torch.Tensor) -> None:
 
     Trainable parameters without a gradient stop distributed training with an error that does not name them.
     """
-    if isinstance(backbone, VisionTransformer):  # ours has none
+    if isinstance(backbone, VisionTransformer) and backbone.mask_token is None:  # all of it plays a part
         return
     with torch.enable_grad():
         features = features_at(backbone, images)

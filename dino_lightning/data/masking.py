@@ -22,9 +22,8 @@ def sample_masks(
 ) -> Tensor:
     """Masks for the crops of a batch: bool (``n_crops``, h, w) on the CPU, true where a patch is masked.
 
-    Exactly int(``n_crops`` · ``probability``) crops are masked, in random places of the batch. Of n of them, each asks for a share of its
-    patches from its own n-th part of ``ratio``; it may get a few less, since blocks must fit. No mask has more than about half of the patches
-    in one block.
+    Exactly int(``n_crops`` · ``probability``) crops are masked, in random places of the batch. Of n of them, each asks for a share of
+    its patches from its own n-th part of ``ratio``; it may get a few less, since blocks must fit. A block is at most half of a crop.
 
     Args:
         n_crops: crops of the batch, all views together.
@@ -47,9 +46,9 @@ def sample_masks(
     n_masked = int(n_crops * probability)
     edges = np.linspace(low, high, n_masked + 1)
     requests = (height * width * generator.uniform(edges[:-1], edges[1:])).astype(int)
-    draws = _draws(generator)
-    drawn = b"".join(_mask(request, height, width, draws).to_bytes(-(-height * width // 8), "little") for request in requests.tolist())
-    bits = np.unpackbits(np.frombuffer(drawn, np.uint8).reshape(n_masked, -(-height * width // 8)), axis=1, bitorder="little")
+    draws, n_bytes = _draws(generator), -(-height * width // 8)
+    drawn = b"".join(_mask(request, height, width, draws).to_bytes(n_bytes, "little") for request in requests.tolist())
+    bits = np.unpackbits(np.frombuffer(drawn, np.uint8).reshape(n_masked, n_bytes), axis=1, bitorder="little")
     masks = np.zeros((n_crops, height, width), bool)
     masks[generator.permutation(n_crops)[:n_masked]] = bits[:, : height * width].reshape(n_masked, height, width)
     return torch.from_numpy(masks)
