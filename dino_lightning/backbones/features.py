@@ -1,6 +1,7 @@
 """What a backbone makes of images, found by trying."""
 
 import logging
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -40,10 +41,11 @@ def feature_dim(backbone: nn.Module, images: torch.Tensor) -> int:
         return features_at(backbone, images).shape[1]
 
 
-def freeze_unused(backbone: nn.Module, images: torch.Tensor) -> None:
+def freeze_unused(backbone: nn.Module, images: torch.Tensor, used: Collection[str] = ()) -> None:
     """Freezes the parameters that play no part in the features (a mask token, a forgotten classifier), and says so.
 
-    Trainable parameters without a gradient stop distributed training with an error that does not name them.
+    Trainable parameters without a gradient stop distributed training with an error that does not name them. Those that are
+    ``used`` otherwise stay as they are.
     """
     if isinstance(backbone, VisionTransformer) and backbone.mask_token is None:  # all of it plays a part
         return
@@ -51,7 +53,7 @@ def freeze_unused(backbone: nn.Module, images: torch.Tensor) -> None:
         features = features_at(backbone, images)
         trainable = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(features.sum(), trainable.values(), allow_unused=True) if trainable else ()
-    unused = [name for name, gradient in zip(trainable, gradients) if gradient is None]
+    unused = [name for name, gradient in zip(trainable, gradients) if gradient is None and name not in used]
     for name in unused:
         trainable[name].requires_grad_(False)
     if unused:

@@ -97,8 +97,10 @@ class Method(LightningModule):
         self._guard = NonFiniteGuard()
         self.register_state_dict_pre_hook(_finish_before_saving)
 
-    def build_backbone(self, backbone: str | nn.Module, **more: Any) -> nn.Module:
+    def build_backbone(self, backbone: str | nn.Module, used: Sequence[str] = (), **more: Any) -> nn.Module:
         """The backbone, built by the method's options and ``more`` of ``backbones.build`` where it is a name.
+
+        Parameters on which the features do not depend are frozen, but for those that the method has ``used`` otherwise.
 
         Raises:
             ValueError: if the name is that of an object in a checkpoint, which it does not hold.
@@ -112,7 +114,7 @@ class Method(LightningModule):
                 )
             backbone = build(backbone, **shape, **more)
         example = example_images(backbone, shape["img_size"], shape["in_chans"])
-        freeze_unused(backbone, example)
+        freeze_unused(backbone, example, used)
         warn_of_classifier(backbone, example)
         self._width = feature_dim(backbone, example)
         return backbone

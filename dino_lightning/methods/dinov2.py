@@ -179,7 +179,7 @@ class DINOv2Module(Method):
         more = {"mask_token": True, "drop_path_uniform": True} if named else {}
         if named and given.startswith("vit_"):
             more |= {name: options[name] for name in ("registers", "layer_scale", "ffn")}
-        backbone = self.build_backbone(given, **more)
+        backbone = self.build_backbone(given, used=["mask_token"], **more)
         if masks and getattr(backbone, "mask_token", None) is None:
             raise ValueError(
                 f"ibot_loss_weight={options['ibot_loss_weight']} needs patches that can be masked, which {type(backbone).__name__} has not: "
