@@ -37,6 +37,12 @@ def adopt(checkpoint: str, output: str = "adopted", steps_per_epoch: int | None 
     """
     path = Path(checkpoint)
     held, _ = read(path)
+    if "iteration" in held and "model" in held:
+        raise ValueError(
+            f"{path} is a checkpoint of DINOv2's training, which holds one rank's flat shards of networks and moments (FSDP's local state) "
+            "without the shapes to put them together by. What can be taken over are the teacher's weights: "
+            "eval/training_N/teacher_checkpoint.pth of that run behind --model.weights, with --method dinov2"
+        )
     if not isinstance(held.get("args"), argparse.Namespace):
         raise ValueError(f"{path} holds no flags of main_dino.py ('args'), but {', '.join(map(str, held))}")
     flags = vars(held["args"])
