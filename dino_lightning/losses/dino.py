@@ -1,14 +1,11 @@
 """The DINO loss: cross-entropy of the student's views against the centred, sharpened teacher's (paper, equations 1 to 4)."""
 
-import math
-from collections.abc import Iterator
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-_CHUNK = 2**18  # elements of a temporary on a CPU: 1 MiB in float32 stays in its cache
+from dino_lightning.losses.centering import sharpened
+from dino_lightning.losses.cross_entropy import cross_entropy
+from dino_lightning.losses.ranks import all_reduce
 
 
 class DINOLoss(nn.Module):
@@ -51,14 +48,10 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together, or the temperature is not positive.
         """
-        n_views = self._check(student_logits, teacher_logits, teacher_temp)
-        teacher_logits = teacher_logits.detach()
+        self._check(student_logits, teacher_logits, teacher_temp)
         with torch.no_grad():
-            log_p = torch.log_softmax((_full(teacher_logits) - self.center) / teacher_temp, dim=-1)
-            p = log_p.exp()  # (2·B, K)
-            self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
-            del log_p
-        loss = _PairwiseCrossEntropy.apply(student_logits, p, n_views, self.student_temp)
+            p, self.teacher_entropy = sharpened(teacher_logits, self.center, teacher_temp)
+        loss = sum(dino_terms(student_logits, p, self.student_temp))
         if self.training:
             self._record(teacher_logits, loss.detach())
         return loss
@@ -77,8 +70,7 @@ class DINOLoss(nn.Module):
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(pending)
+        all_reduce(pending)
         total, count, non_finite = pending[:-2], pending[-2], pending[-1]
         updated = self.center.lerp((total / count).to(self.center.dtype), 1 - self.center_momentum)
         if not skip:
@@ -96,85 +88,44 @@ class DINOLoss(nn.Module):
         record = torch.cat([total, tail])
         self._pending = record if self._pending is None else self._pending + record
 
-    def _check(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> int:
-        """The number of views V."""
+    def _check(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> None:
         if teacher_temp <= 0:
             raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
         k = self.center.shape[1]
-        rows, teacher_rows = len(student_logits), len(teacher_logits)
-        if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
+        if student_logits.shape[1:] != (k,) or teacher_logits.shape[1:] != (k,):
             raise ValueError(
                 f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, "
                 f"teacher {tuple(teacher_logits.shape)}"
             )
-        if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
-            raise ValueError(
-                f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
-                "the teacher sees the two global views, the student all V"
-            )
-        return rows // (teacher_rows // 2)
 
 
-class _PairwiseCrossEntropy(torch.autograd.Function):
-    """Mean over the 2·V − 2 pairs of −Σ p_i · log softmax(s_v / τ), with the gradient written by hand.
+def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
+    """The two parts of the mean cross-entropy over the 2·V − 2 pairs of different views: of the global and of the local views.
 
-    The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of
-    the other global views' distributions, and the gradient is (n_v · q_v − P_v) / (τ · B · pairs) with n_v = ΣP_v. So there
-    are V passes over the logits instead of 2·V − 2, and temporaries are as small as a chunk of rows.
-    The backward pass recomputes q from the logits, which keeps nothing else that is wide but the teacher's distributions,
-    and rounds to half precision only after a gradient scaler's factor is in.
+    Each global view of the student is compared with the other one's distribution, each local view with both.
+
+    Args:
+        student_logits: (V·B, K), views-major; the first two views are the global ones.
+        targets: (2·B, K), the teacher's distributions of the two global views, in their order.
+
+    Returns:
+        The sum over each part's pairs (2, and 2·V − 4) of the mean over B, divided by the number of all pairs; the local part
+        is 0 where V is 2. In float32 whatever the autocast.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or the temperature is not positive.
     """
-
-    @staticmethod
-    def forward(ctx, student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
-        loss = p.new_zeros(())
-        log_sums = p.new_empty(len(student_logits), 1)
-        for rows, target, _ in _chunks(p, n_views):
-            scaled = _full(student_logits[rows]) / temp  # (rows, K)
-            log_q = torch.log_softmax(scaled, dim=-1)
-            log_sums[rows] = scaled[:, :1] - log_q[:, :1]
-            loss -= log_q.mul_(target).sum(dim=-1).sum()  # over K first: summing in one go loses digits
-        ctx.save_for_backward(student_logits, p, log_sums)
-        ctx.n_views, ctx.temp = n_views, temp
-        return loss / _terms(p, n_views)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_loss: Tensor):
-        student_logits, p, log_sums = ctx.saved_tensors
-        scale = grad_loss / (ctx.temp * _terms(p, ctx.n_views))
-        gradient = torch.empty_like(student_logits)
-        for rows, target, n_targets in _chunks(p, ctx.n_views):
-            whole = gradient.dtype == p.dtype  # else rounded to half precision at the end
-            out = gradient[rows] if whole else torch.empty_like(target)
-            torch.add(math.log(n_targets) - log_sums[rows], student_logits[rows], alpha=1 / ctx.temp, out=out)
-            out.exp_().sub_(target).mul_(scale)  # exp gives n_v · q_v
-            if not whole:
-                gradient[rows] = out
-        return gradient, None, None, None
-
-
-def _chunks(p: Tensor, n_views: int) -> Iterator[tuple[slice, Tensor, int]]:
-    """Rows of the student's logits, what they are compared with (rows, K), and how many distributions that adds up.
-
-    A view is compared with the global views but itself.
-    """
-    first, second = p.chunk(2)  # (B, K)
-    both = first + second
-    batch = len(first)
-    step = max(1, _CHUNK // p.shape[1]) if p.device.type == "cpu" else batch
-    for view in range(n_views):
-        target = second if view == 0 else first if view == 1 else both
-        for start in range(0, batch, step):
-            stop = min(start + step, batch)
-            yield slice(view * batch + start, view * batch + stop), target[start:stop], 1 if view < 2 else 2
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Half precision to float32; anything wider stays."""
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
-
-def _terms(p: Tensor, n_views: int) -> int:
-    """Pairs of views times images, what the sum is divided by."""
-    return (2 * n_views - 2) * (len(p) // 2)
+    rows, teacher_rows = len(student_logits), len(targets)
+    if student_logits.dim() != 2 or targets.shape[1:] != student_logits.shape[1:]:
+        raise ValueError(
+            f"expected logits (V·B, K) and targets (2·B, K), got {tuple(student_logits.shape)} and {tuple(targets.shape)}"
+        )
+    if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
+        raise ValueError(
+            f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
+            "the teacher sees the two global views, the student all V"
+        )
+    n_local = (rows - teacher_rows) // (teacher_rows // 2)
+    losses = cross_entropy(student_logits, targets, student_temp, [(1,), (0,), *[(0, 1)] * n_local])
+    terms = (1 + n_local) * teacher_rows  # pairs of views times images
+    return losses[:teacher_rows].sum() / terms, losses[teacher_rows:].sum() / terms
