@@ -1,4 +1,4 @@
-"""Objectives: modules and functions of tensors, usable alone."""
+"""Objectives: modules and functions of tensors."""
 
 from dino_lightning.losses.centering import Centering
 from dino_lightning.losses.dino import DINOLoss, dino_terms

@@ -1,20 +1,21 @@
-"""Centring of a teacher's logits by a running mean (Caron et al. 2021, section 3.1), as DINOv2 does it for classes and for patches."""
+"""Centred and sharpened targets: softmax((t − c) / T) with c the running mean of the teacher's logits."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_lightning.losses.cross_entropy import full
+from dino_lightning.losses.precision import full
+from dino_lightning.losses.ranks import all_reduce, n_ranks
 
 
 class Centering(nn.Module):
-    """Distributions of a teacher's logits, with a running mean of them subtracted. In float32 whatever the autocast.
+    """The teacher's distributions by a running mean of its logits, as DINOv2 makes them of class tokens or of masked patches.
 
     In training mode each call also adds up what the centre needs; ``update_center()`` commits that once per optimizer step. The
     centre used is always the one before the step's update.
 
     Attributes:
         center: (1, K) buffer, the running mean of the logits.
+        entropy: scalar, the mean entropy in nats of the last call's distributions; None before it and where it had no rows.
     """
 
     def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
@@ -23,46 +24,59 @@ class Centering(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.reset()
+        self.entropy: Tensor | None = None
+        # Sum of the logits (K,) and number of rows since the last commit.
+        # Not a buffer: DistributedDataParallel would overwrite it with rank 0's.
+        self._pending: tuple[Tensor, int] | None = None
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temp: float) -> Tensor:
-        """softmax((logits − centre) / temp): (n, K) → (n, K).
+        """The distributions (n, K) of logits (n, K), in float32 (float64 stays) whatever the autocast. n may be 0.
 
         Raises:
-            ValueError: for another K, or if the temperature is not positive.
+            ValueError: if the shape does not fit, or the temperature is not positive.
         """
+        k = self.center.shape[1]
+        if logits.dim() != 2 or logits.shape[1] != k:
+            raise ValueError(f"expected logits (rows, {k}), got {tuple(logits.shape)}")
         if temp <= 0:
-            raise ValueError(f"temp must be positive, got {temp}")
-        if logits.ndim != 2 or logits.shape[1] != self.center.shape[1]:
-            raise ValueError(f"expected logits (n, {self.center.shape[1]}), got {tuple(logits.shape)}")
+            raise ValueError(f"the temperature must be positive, got {temp}")
+        p, entropy = sharpened(logits, self.center, temp)
+        self.entropy = entropy if len(logits) else None
         if self.training:
-            total = logits.sum(dim=0, keepdim=True, dtype=self.center.dtype)
-            self._total = total if self._total is None else self._total + total
-            self._count += len(logits)
-        return torch.softmax((full(logits) - self.center) / temp, dim=-1)
+            total, count = self._pending or (0, 0)
+            self._pending = total + logits.sum(dim=0, dtype=self.center.dtype), count + len(logits)
+        return p
 
     @torch.no_grad()
     def update_center(self, keep: Tensor | None = None) -> None:
-        """Commits the centre: c ← m·c + (1 − m)·mean of the logits since the last commit; every rank must call this.
+        """Commits the centre: c ← m·c + (1 − m)·mean of the logits since the last commit.
 
-        A rank's mean is over its rows of all micro-batches; then comes the mean of the ranks' means, however many rows each has, as in
-        the reference. A rank without rows counts as the centre itself. Logits that are not finite leave the centre as it was.
+        The mean runs over the rows of all micro-batches of a rank, and then over the ranks, each of which weighs the same however
+        many rows it had; one without rows counts as the centre itself. All ranks must call this, each having called the module
+        (with no rows, where it had none), or none; without a call since the last commit nothing happens.
 
         Args:
-            keep: scalar bool, the same on all ranks: where it is true, the centre stays.
+            keep: scalar bool, the same on all ranks: where it is true, the centre stays. It also stays where a logit on any rank
+                was not finite. Nothing is read back to the host.
         """
-        if self._total is None:
+        if self._pending is None:
             return
-        mean = self._total / self._count if self._count else self.center.clone()
-        self.reset()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        stays = ~mean.isfinite().all() if keep is None else keep | ~mean.isfinite().all()
-        self.center.copy_(torch.where(stays, self.center, self.center.lerp(mean, 1 - self.momentum)))
+        (total, count), self._pending = self._pending, None
+        center = self.center[0]
+        mean = all_reduce(total / count if count else center.clone()) / n_ranks()
+        moves = torch.isfinite(mean).all()
+        if keep is not None:
+            moves = moves & ~keep
+        self.center.copy_(torch.where(moves, center.lerp(mean, 1 - self.momentum), center))
 
     def reset(self) -> None:
         """Forgets what was recorded since the last commit, as when a new run begins."""
-        self._total: Tensor | None = None  # (1, K); not a buffer: DistributedDataParallel would overwrite it with rank 0's
-        self._count = 0
+        self._pending = None
+
+
+def sharpened(logits: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """softmax((logits − center) / temp), (n, K), and the mean entropy of its rows in nats; at least in float32."""
+    log_p = torch.log_softmax((full(logits) - center) / temp, dim=-1)
+    p = log_p.exp()
+    return p, -(p * log_p).sum(dim=-1).mean()

@@ -1,10 +1,11 @@
 """The DINO loss: cross-entropy of the student's views against the centred, sharpened teacher's (paper, equations 1 to 4)."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_lightning.losses.cross_entropy import Targets, full, row_cross_entropy
+from dino_lightning.losses.centering import sharpened
+from dino_lightning.losses.cross_entropy import cross_entropy
+from dino_lightning.losses.ranks import all_reduce
 
 
 class DINOLoss(nn.Module):
@@ -47,16 +48,10 @@ class DINOLoss(nn.Module):
         Raises:
             ValueError: if the shapes do not fit together, or the temperature is not positive.
         """
-        if teacher_temp <= 0:
-            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
-        n_views = _count_views(student_logits, teacher_logits, self.center.shape[1])
-        teacher_logits = teacher_logits.detach()
+        self._check(student_logits, teacher_logits, teacher_temp)
         with torch.no_grad():
-            log_p = torch.log_softmax((full(teacher_logits) - self.center) / teacher_temp, dim=-1)
-            p = log_p.exp()  # (2·B, K)
-            self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
-            del log_p
-        loss = _by_view(student_logits, p, n_views, self.student_temp).sum()
+            p, self.teacher_entropy = sharpened(teacher_logits, self.center, teacher_temp)
+        loss = sum(dino_terms(student_logits, p, self.student_temp))
         if self.training:
             self._record(teacher_logits, loss.detach())
         return loss
@@ -75,8 +70,7 @@ class DINOLoss(nn.Module):
         if self._pending is None:
             return None
         pending, self._pending = self._pending, None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(pending)
+        all_reduce(pending)
         total, count, non_finite = pending[:-2], pending[-2], pending[-1]
         updated = self.center.lerp((total / count).to(self.center.dtype), 1 - self.center_momentum)
         if not skip:
@@ -94,53 +88,46 @@ class DINOLoss(nn.Module):
         record = torch.cat([total, tail])
         self._pending = record if self._pending is None else self._pending + record
 
+    def _check(self, student_logits: Tensor, teacher_logits: Tensor, teacher_temp: float) -> None:
+        if teacher_temp <= 0:
+            raise ValueError(f"teacher_temp must be positive, got {teacher_temp}")
+        k = self.center.shape[1]
+        if student_logits.shape[1:] != (k,) or teacher_logits.shape[1:] != (k,):
+            raise ValueError(
+                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, "
+                f"teacher {tuple(teacher_logits.shape)}"
+            )
 
 def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
     """The two parts of the mean cross-entropy over all pairs of different views: of the student's global views, and of its local ones.
 
-    Their sum is the loss of DINO. Both are divided by all 2·V − 2 pairs.
+def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
+    """The two parts of the mean cross-entropy over the 2·V − 2 pairs of different views: of the global and of the local views.
+
+    Each global view of the student is compared with the other one's distribution, each local view with both.
 
     Args:
         student_logits: (V·B, K), views-major; the first two views are the global ones.
-        targets: (2·B, K), the teacher's distributions of the global views, in their order.
-        student_temp: temperature of the student's softmax.
+        targets: (2·B, K), the teacher's distributions of the two global views, in their order.
+
+    Returns:
+        The sum over each part's pairs (2, and 2·V − 4) of the mean over B, divided by the number of all pairs; the local part
+        is 0 where V is 2. In float32 whatever the autocast.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or the temperature is not positive.
     """
-    losses = _by_view(student_logits, targets.detach(), _count_views(student_logits, targets, targets.shape[-1]), student_temp)
-    return losses[:2].sum(), losses[2:].sum()
-
-
-def _by_view(student_logits: Tensor, p: Tensor, n_views: int, temp: float) -> Tensor:
-    """What each view of the student adds to the mean over the 2·V − 2 pairs (V,).
-
-    The pairs of one student view share its log-softmax: for view v they add up to −Σ P_v · log q_v, where P_v is the sum of the
-    other global views' distributions. So there are V passes over the logits instead of 2·V − 2.
-    """
-    losses = row_cross_entropy(student_logits, lambda: _targets(p, n_views), temp).unflatten(0, (n_views, -1))
-    return losses.sum(dim=1) / ((2 * n_views - 2) * losses.shape[1])
-
-
-def _targets(p: Tensor, n_views: int) -> Targets:
-    """A view is compared with the global views but itself."""
-    first, second = p.chunk(2)  # (B, K)
-    both, batch = first + second, len(first)
-    for view in range(n_views):
-        target = second if view == 0 else first if view == 1 else both
-        yield slice(view * batch, (view + 1) * batch), target, 1 if view < 2 else 2
-
-
-def _count_views(student_logits: Tensor, teacher_logits: Tensor, k: int) -> int:
-    """The number of views V."""
-    rows, teacher_rows = len(student_logits), len(teacher_logits)
-    if student_logits.shape != (rows, k) or teacher_logits.shape != (teacher_rows, k):
+    rows, teacher_rows = len(student_logits), len(targets)
+    if student_logits.dim() != 2 or targets.shape[1:] != student_logits.shape[1:]:
         raise ValueError(
-            f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
+            f"expected logits (V·B, K) and targets (2·B, K), got {tuple(student_logits.shape)} and {tuple(targets.shape)}"
         )
     if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
         raise ValueError(
             f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "
             "the teacher sees the two global views, the student all V"
         )
-    return rows // (teacher_rows // 2)
+    n_local = (rows - teacher_rows) // (teacher_rows // 2)
+    losses = cross_entropy(student_logits, targets, student_temp, [(1,), (0,), *[(0, 1)] * n_local])
+    terms = (1 + n_local) * teacher_rows  # pairs of views times images
+    return losses[:teacher_rows].sum() / terms, losses[teacher_rows:].sum() / terms

@@ -1,16 +1,15 @@
-"""The iBOT loss: what the student says of masked patches against what the teacher, which sees them, says (Zhou et al. 2022)."""
+"""The iBOT loss: what stood at a masked patch, as the teacher sees it."""
 
-import torch
 from torch import Tensor, nn
 
-from dino_lightning.losses.cross_entropy import row_cross_entropy
+from dino_lightning.losses.cross_entropy import cross_entropy
 
 
 class IBOTLoss(nn.Module):
-    """Cross-entropy of masked patches with the teacher's at the same place of the same view: a mean over the patches of each masked
-    image, added up over these and divided by the number of all of them, masked or not (as DINOv2 does).
+    """Cross-entropy H(teacher, student) of masked patches, the mean of each masked image, added up and divided by all images.
 
-    Float32 whatever the autocast.
+    Images without a mask count in the divisor, as in DINOv2, and every masked image weighs the same however large its mask.
+    Computed in float32 whatever the autocast.
     """
 
     def __init__(self, student_temp: float = 0.1) -> None:
@@ -20,21 +19,27 @@ class IBOTLoss(nn.Module):
         self.student_temp = student_temp
 
     def forward(self, student: Tensor, targets: Tensor, masks: Tensor) -> Tensor:
-        """The loss of one (micro-)batch; without a masked patch it is 0.
+        """Loss of the M masked patches of a (micro-)batch; 0 where M is 0.
 
         Args:
-            student: (M, K), logits of the M masked patches, in the order of ``masks.flatten().nonzero()``.
-            targets: (M, K), the teacher's distributions.
-            masks: bool (2·B, h·w), on the host if it shall not wait for the device.
+            student: (M, K) logits, in the order of ``masks.flatten().nonzero()``.
+            targets: (M, K), the teacher's distributions at the same patches.
+            masks: (2·B, h·w) bool, true where a patch of a global crop is masked. Best on the host, where they are drawn: nothing
+                is read back from a device, so there their number cannot be compared with M.
 
         Raises:
             ValueError: if the shapes do not fit together.
         """
-        if student.shape != targets.shape or student.ndim != 2:
-            raise ValueError(f"expected logits and targets (M, K), got {tuple(student.shape)} and {tuple(targets.shape)}")
-        counts = masks.sum(dim=1)  # (2·B,)
-        if masks.device.type == "cpu" and counts.sum() != len(student):
-            raise ValueError(f"{int(counts.sum())} patches are masked, but there are logits of {len(student)}")
-        weights = torch.repeat_interleave(1 / counts, counts, output_size=len(student))  # 1 / 0 is repeated 0 times
-        losses = row_cross_entropy(student, lambda: [(slice(0, len(student)), targets.detach(), 1)], self.student_temp)
-        return (losses * weights.to(losses, non_blocking=True)).sum() / len(masks)
+        rows = len(student)
+        if masks.dim() != 2 or student.dim() != 2 or targets.shape != student.shape:
+            raise ValueError(
+                "expected the student's logits and the targets (M, K) and masks (2·B, h·w), "
+                f"got {tuple(student.shape)}, {tuple(targets.shape)} and {tuple(masks.shape)}"
+            )
+        counts = masks.sum(dim=1)
+        if counts.device.type == "cpu" and counts.sum() != rows:
+            raise ValueError(f"expected one row for each of {counts.sum()} masked patches, got {rows}")
+        counts = counts.to(student.device, non_blocking=True)
+        losses = cross_entropy(student, targets, self.student_temp)
+        weights = counts.to(losses.dtype).reciprocal().repeat_interleave(counts, output_size=rows)
+        return (losses * weights).sum() / len(masks)

@@ -1,20 +1,21 @@
-"""KoLeo: spreads the features of a batch by their distance to the nearest neighbour (Sablayrolles et al. 2019; DINOv2)."""
+"""KoLeo: the features of a batch keep away from each other (Kozachenko and Leonenko's estimate of their entropy)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-_EPS = 1e-8
+from dino_lightning.losses.precision import full
 
 
 class KoLeoLoss(nn.Module):
-    """−mean log of the distance between each L2-normalised feature and its nearest neighbour, within the batch of this process.
+    """−mean log of the distance of each feature to its nearest neighbour in the batch, on the unit sphere.
 
-    In float32 whatever the autocast: in half precision its epsilon would be 0. So it is finite for equal features (about 16), whose
-    gradient then is large, as the reference's is. A single feature has no neighbour: the loss is 0, and so is its gradient.
+    Always in float32 (float64 stays) whatever the autocast, so that it is finite for equal images too: half precision rounds the
+    1e-8 beside a distance of 0 away. Equal images add to the loss, but have no direction to part in, and so no gradient on each
+    other (the 1e-8 would make one, of rounding, which overflows in half precision). The neighbours are those of this process.
 
     Attributes:
-        distance: scalar, the mean distance in the last call, at most 2; None before it, and without neighbours.
+        distance: scalar, the mean distance to the nearest neighbour in the last call; None before it and where there was none.
     """
 
     def __init__(self) -> None:
@@ -22,15 +23,22 @@ class KoLeoLoss(nn.Module):
         self.distance: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, D) of one view → scalar. Views of one image must not meet here: they would repel each other."""
-        self.distance = None
+        """The loss of features (B, D) of one view each of B images. A batch of one has no neighbour, and a loss of 0.
+
+        Raises:
+            ValueError: if the features are not (B, D).
+        """
+        if features.dim() != 2:
+            raise ValueError(f"expected features (B, D) of one view, got {tuple(features.shape)}")
         if len(features) < 2:
-            return 0 * features.float().sum()
+            self.distance = None
+            return 0 * full(features).sum()
         with torch.autocast(features.device.type, enabled=False):
-            features = features if features.dtype == torch.float64 else features.float()
-            x = F.normalize(features, eps=_EPS)
+            x = F.normalize(full(features), eps=1e-8, dim=-1)
             with torch.no_grad():
-                nearest = (x @ x.T).fill_diagonal_(-1).argmax(dim=1)
-            distances = F.pairwise_distance(x, x[nearest], eps=_EPS)
+                nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(dim=1)
+            neighbours = x[nearest]  # not detached: both ends of a pair move
+            distances = F.pairwise_distance(x, neighbours, eps=1e-8)
             self.distance = distances.detach().mean()
-            return -(distances + _EPS).log().mean()
+            apart = (x != neighbours).any(dim=1)
+            return -(torch.where(apart, distances, distances.detach()) + 1e-8).log().mean()

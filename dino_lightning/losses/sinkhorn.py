@@ -1,45 +1,41 @@
-"""Sinkhorn-Knopp: distributions of a batch that use all prototypes alike (Cuturi 2013; Caron et al. 2020; DINOv2)."""
+"""Sinkhorn–Knopp: targets that use all prototypes alike."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dino_lightning.losses.cross_entropy import full
+from dino_lightning.losses.precision import full
+from dino_lightning.losses.ranks import all_reduce
 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
-    """Logits (n, K) → distributions (n, K) over prototypes, float32, such that all samples together use each prototype about alike.
+    """Distributions (n, K) of logits (n, K): exp(logits / temp), scaled in turn so that each prototype has the same mass over all
+    rows, and each row sums to 1.
 
-    Starts from exp(logits / temp) and in turn gives all prototypes the same mass, then all samples; rows of the result sum to 1.
-    The samples are those of all ranks, each with as many as it has, so that ranks equal one process with all rows. Every rank
-    must call this.
-
-    It scales prototypes by a vector u and samples by a vector v, and never the matrix: two matrix-vector products an iteration. The
-    greatest logit of every sample is taken out first, so that nothing overflows and no sample vanishes.
+    The rows are those of all ranks, which may differ in number: several ranks equal one process with all rows. Every rank must
+    call this, also one without rows. It ends with the rows, so that these sum to 1 and the prototypes' masses are nearly equal.
+    Computed in float32 (float64 stays) whatever the autocast. Finite for any finite logits.
 
     Raises:
-        ValueError: if the temperature is not positive.
+        ValueError: if the logits are not (n, K), or the temperature or the number of iterations is not positive.
     """
+    if logits.dim() != 2:
+        raise ValueError(f"expected logits (rows, prototypes), got {tuple(logits.shape)}")
     if temp <= 0:
-        raise ValueError(f"temp must be positive, got {temp}")
-    tiny = torch.finfo(torch.float32).tiny
+        raise ValueError(f"the temperature must be positive, got {temp}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    # The result is u_k · exp(t / T) · v_n. A constant factor of a prototype or of a row is undone by u or v, so the largest exponent
+    # of each prototype, then of each row, is moved out of the exponential. Then every prototype and every row has an entry of 1,
+    # nothing overflows, what underflows had no weight, and u and v are all that changes from one iteration to the next.
+    t = full(logits)
+    highest = t.amax(dim=0) if len(t) else t.new_full(t.shape[1:], -torch.inf)
+    q = t - all_reduce(highest, "max")
+    row_highest = q.amax(dim=1, keepdim=True)
+    q.sub_(row_highest).div_(temp).exp_()
+    v = row_highest.squeeze(1).div_(temp).exp_()  # (n,): rows do not start alike
     with torch.autocast(logits.device.type, enabled=False):
-        scaled = full(logits) / temp
-        greatest = scaled.amax(dim=1) if len(scaled) else scaled.new_empty(0)  # (n,)
-        q = scaled.sub_(greatest[:, None]).exp_()
-        overall = greatest.amax() if len(greatest) else scaled.new_full((), -torch.inf)
-        v = (greatest - _over_ranks(overall, dist.ReduceOp.MAX)).exp()
         for _ in range(iterations):
-            # Constant factors, such as 1 / K, cancel in the end.
-            u = 1 / _over_ranks(v @ q, dist.ReduceOp.SUM).clamp(min=tiny)  # (K,)
-            u /= u.amax()
-            v = 1 / (q @ u).clamp(min=tiny)
-        q *= u
-        return q.mul_(v[:, None])
-
-
-def _over_ranks(value: Tensor, operation: dist.ReduceOp) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value, operation)
-    return value
+            u = all_reduce(q.T.mv(v)).reciprocal_()  # (K,)
+            v = q.mv(u).reciprocal_()
+    return q.mul_(u).mul_(v[:, None])
