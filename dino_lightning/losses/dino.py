@@ -98,8 +98,6 @@ class DINOLoss(nn.Module):
                 f"teacher {tuple(teacher_logits.shape)}"
             )
 
-def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
-    """The two parts of the mean cross-entropy over all pairs of different views: of the student's global views, and of its local ones.
 
 def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> tuple[Tensor, Tensor]:
     """The two parts of the mean cross-entropy over the 2·V − 2 pairs of different views: of the global and of the local views.
