@@ -17,7 +17,7 @@ from dino_lightning.cli import main
 from dino_lightning.door.errors import UsageError
 from dino_lightning.evaluation.collapse import Signs, diagnose, forgetting
 from dino_lightning.methods.dinov2 import DINOv2Plan
-from dino_lightning.tools.checkpoint import load_module
+from dino_lightning.tools.checkpoint import load_module, untrained
 
 OPTIONS = dict(out_dim=64, hidden_dim=32, bottleneck_dim=16, warmup_epochs=0, warmup_teacher_temp_epochs=0, freeze_last_layer=0)
 
@@ -146,6 +146,8 @@ def test_options_are_checked(options, message):
 def test_named_backbones_are_shaped_by_the_options():
     module = DINOv2Module("vit_tiny", img_size=32, registers=3, ffn="swiglu", layer_scale=None, drop_path_rate=0.25, **OPTIONS)
     vit = module.student.backbone
+    fresh = untrained(module)
+    assert {name: p.shape for name, p in fresh.named_parameters()} == {name: p.shape for name, p in vit.named_parameters()}
     assert vit.register_tokens.shape[1] == 3 and hasattr(vit.blocks[0].mlp, "w12") and vit.layer_scale is None
     assert {block.drop_path for block in vit.blocks} == {0.25} and vit.mask_token is not None
     assert module.teacher.backbone.training is False

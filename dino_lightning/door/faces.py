@@ -16,6 +16,11 @@ COMMANDS = {
     "predict": "Writes the features of images.",
 }  # of Lightning
 
+METHOD_LINES = {
+    "dino": "Self-distillation of views of an image (Caron et al. 2021); the default.",
+    "dinov2": "With masked patches, for features of places as well (Oquab et al. 2023).",
+}
+
 # The options GROUP.NAME are the arguments of a class, model.NAME those of the method's.
 _GROUPS = {
     "data": ("dino_lightning.data.datamodule", "MultiCropDataModule"),

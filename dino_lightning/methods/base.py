@@ -62,6 +62,7 @@ class Method(LightningModule):
         options: the arguments of the method, but the backbone and the weights that it began with.
         images: of the global crops: size (H, W), mean and std, as far as known; kept in checkpoints.
         observed: of the training step under way, for callbacks.
+        backbone_shape: arguments of ``backbones.build``, of a backbone given by name.
         started_from: the source of the weights that it began with, if it was not noise.
     """
 
@@ -85,6 +86,7 @@ class Method(LightningModule):
         self._hparams["backbone"] = self._hparams_initial["backbone"] = plain(self.hparams.get("backbone", arguments["backbone"]))
 
         self.started_from: str | None = arguments["weights"]
+        self.backbone_shape: dict[str, Any] = {}
         self.images: dict[str, Any] = {}
         self.observed: Observed | None = None
         self._plan: Plan | None = None  # known with the first batch of a run
@@ -112,7 +114,8 @@ class Method(LightningModule):
                     f"this checkpoint was trained with a backbone given as an object ({backbone.removeprefix(_OBJECT)}), which it "
                     f"does not hold; pass it: {type(self).__name__}.load_from_checkpoint(path, backbone=...)"
                 )
-            backbone = build(backbone, **shape, **more)
+            self.backbone_shape = {**shape, **more}
+            backbone = build(backbone, **self.backbone_shape)
         example = example_images(backbone, shape["img_size"], shape["in_chans"])
         freeze_unused(backbone, example, used)
         warn_of_classifier(backbone, example)

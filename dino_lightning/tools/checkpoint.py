@@ -109,8 +109,7 @@ def untrained(module: Method) -> nn.Module:
     """Its backbone as it was before training, with other random numbers."""
     if module.backbone_name is None:
         return redrawn(module.evaluated.backbone)
-    shape = {name: module.options[name] for name in ("patch_size", "img_size", "in_chans", "drop_path_rate")}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        backbone = build(module.backbone_name, **shape)
+        backbone = build(module.backbone_name, **module.backbone_shape)
     return backbone.to(module.device).eval()
