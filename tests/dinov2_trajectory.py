@@ -25,8 +25,9 @@ class GoldenMasks(DINOv2Module):
     golden: Golden
 
     def draw_masks(self, n_crops: int, grid: tuple[int, int]) -> torch.Tensor:
-        loader, share = self.trainer.train_dataloader, self.golden.item("config.batch_size")
-        batch, start = divmod(self._key[2] * loader.batch_size, share)  # in the epoch, of a rank's images
+        ranks = self.trainer.world_size  # of the golden run, or one that has all images
+        share = self.golden.item("config.batch_size") * self.golden.item("config.world_size") // ranks
+        batch, start = divmod(self._key[2] * self.trainer.train_dataloader.batch_size, share)  # in the epoch, of a rank's images
         masks = self.golden[f"batch{batch}.masks"].unflatten(0, (2, -1))
         start += self.global_rank * share
         return masks[:, start : start + n_crops // 2].flatten(0, 1)
@@ -73,8 +74,8 @@ def build_module(golden: Golden, **options) -> GoldenMasks:
 
 
 def build_loader(golden: Golden, batch_size: int, rank: int = 0) -> DataLoader:
-    """The golden batches in order; of several ranks each gets its run of images of every batch."""
-    share, n_views = golden.item("config.batch_size"), 2 + golden.item("config.local_crops")
+    """The golden batches in order; of several ranks each gets its run of images of every batch, alone one has them all."""
+    share, n_views = max(batch_size, golden.item("config.batch_size")), 2 + golden.item("config.local_crops")
     samples = []
     for i in range(golden.item("config.niter")):
         views = [golden[f"batch{i}.crop{j}"] for j in range(n_views)]
@@ -100,11 +101,14 @@ if __name__ == "__main__":
     out, name = sys.argv[1:]
     numbers = Golden(name)
     rank = int(os.environ.get("LOCAL_RANK", 0))  # Lightning starts this script again for rank 1
-    trained, record = train(
-        numbers,
-        build_loader(numbers, numbers.item("config.batch_size"), rank),
-        strategy=DDPStrategy(process_group_backend="gloo"),
-        devices=2,
-        use_distributed_sampler=False,
-    )
-    torch.save({"state": trained.state_dict(), "losses": record.losses, "norms": record.norms}, f"{out}/{trained.global_rank}.pt")
+    for run, options in {"golden": {}, "without_koleo": {"koleo_loss_weight": 0.0}}.items():
+        trained, record = train(
+            numbers,
+            build_loader(numbers, numbers.item("config.batch_size"), rank),
+            module=build_module(numbers, **options),
+            strategy=DDPStrategy(process_group_backend="gloo"),
+            devices=2,
+            use_distributed_sampler=False,
+        )
+        results = {"state": trained.state_dict(), "losses": record.losses, "norms": record.norms}
+        torch.save(results, f"{out}/{run}{trained.global_rank}.pt")

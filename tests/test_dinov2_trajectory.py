@@ -69,16 +69,25 @@ def test_micro_batches_equal_one_batch_with_centring():
                 assert (value - runs[0][key]).norm() < 1e-4 * value.norm(), key
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_equal_the_reference_and_one_process(tmp_path):
+    """One process of all images without KoLeo, whose neighbours are those of a rank."""
     command = [sys.executable, Path(__file__).with_name("dinov2_trajectory.py"), tmp_path, "dinov2/trajectory_two_ranks"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    golden, ranks = Golden("dinov2/trajectory_two_ranks"), [torch.load(tmp_path / f"{i}.pt") for i in (0, 1)]
+    golden, ranks = Golden("dinov2/trajectory_two_ranks"), [torch.load(tmp_path / f"golden{i}.pt") for i in (0, 1)]
     both = {name: torch.tensor([rank["losses"][name] for rank in ranks]).double().mean(dim=0) for name in LOSSES}
     assert_same_losses(both, golden)
     for rank in ranks:
         torch.testing.assert_close(torch.tensor(rank["norms"]), golden["grad_norm"].float(), rtol=1e-4, atol=0)
         assert_same_end(rank["state"], golden)
+    module = build_module(golden, koleo_loss_weight=0.0)
+    one, record = train(golden, build_loader(golden, batch_size=4), module=module)
+    ranks = [torch.load(tmp_path / f"without_koleo{i}.pt") for i in (0, 1)]
+    both = torch.tensor([rank["losses"]["loss"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(both, torch.tensor(record.losses["loss"]), rtol=1e-5, atol=0)
+    for key, value in one.state_dict().items():
+        if "qkv.bias" not in key:
+            assert (ranks[1]["state"][key] - value).norm() <= 1e-4 * value.norm(), key
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dino_lightning.losses.cross_entropy import cross_entropy
+from dino_lightning.losses.transfer import sent
 
 
 class IBOTLoss(nn.Module):
@@ -39,7 +40,7 @@ class IBOTLoss(nn.Module):
         counts = masks.sum(dim=1)
         if counts.device.type == "cpu" and counts.sum() != rows:
             raise ValueError(f"expected one row for each of {counts.sum()} masked patches, got {rows}")
-        counts = counts.to(student.device, non_blocking=True)
         losses = cross_entropy(student, targets, self.student_temp)
+        counts = sent(counts, losses.device)
         weights = counts.to(losses.dtype).reciprocal().repeat_interleave(counts, output_size=rows)
         return (losses * weights).sum() / len(masks)

@@ -13,6 +13,7 @@ from dino_lightning.backbones.head import DINOHead
 from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, sinkhorn_knopp
+from dino_lightning.losses.transfer import sent
 from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
 from dino_lightning.training.optim import build_optimizer, clip_together_, layered_param_groups
@@ -319,7 +320,7 @@ class DINOv2Module(Method):
         masks = self.draw_masks(2 * len(view), self._grid(view))
         if self.options["ibot_loss_weight"] == 0:
             return masks, None
-        return masks, masks.flatten().nonzero().squeeze(1).to(view.device, non_blocking=True)
+        return masks, sent(masks.flatten().nonzero().squeeze(1), view.device)
 
     @torch.no_grad()
     def _measure(
@@ -358,7 +359,7 @@ def _look(network: Network, views: Sequence[Tensor], rows: Tensor | None, masks:
     if rows is None and masks is None:
         features, patches = network.backbone(crops), None
     else:
-        masks = masks if masks is None else masks.to(crops.device, non_blocking=True)
+        masks = masks if masks is None else sent(masks, crops.device)
         tokens = network.backbone.forward_features(crops, masks=masks)[0]
         features, patches = tokens.cls, tokens.patches.flatten(2).transpose(1, 2).flatten(0, 1)  # (2·B·h·w, D)
     logits = network.dino_head(torch.cat([features, network.embed(local)]) if local else features)
