@@ -58,7 +58,7 @@ class DINOCLI(LightningCLI):
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
         listing = table({name: recipes.summary(name) for name in recipes.names()})
         help_texts = {"epilog": f"recipes for --config:\n{listing}"}
-        self._method, self._checkpoint, self._saved = _begin_with(commands.said(sys.argv[1:] if args is None else args))
+        self._method = _method_of(sys.argv[1:] if args is None else args)
         super().__init__(
             method_class(self._method),
             MultiCropDataModule,
@@ -95,14 +95,22 @@ class DINOCLI(LightningCLI):
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
         args = recipes.resolve_in(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(args)
-        path, saved = self._checkpoint, self._saved
-        if saved is not None:
-            fits = self.config.subcommand == "fit"
+        options, fits = self._options, self.config.get("subcommand") == "fit"
+        path = options.get("ckpt_path")
+        is_last = path == "last"  # one that is named begins another branch
+        if is_last:
+            path = continuation.find_last(
+                [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
+            )
+        if path and Path(path).is_file():
+            saved = read_checkpoint(path)
+            method = saved.get("method", "dino")
+            if method != self._method:
+                raise ValueError(f"{path} is of the method {method!r}, not {self._method!r}; name that, or train anew")
             if fits and "optimizer_states" not in saved:
                 raise ValueError(
                     f"{path} holds weights only (save_weights_only): a run cannot go on from it; begin one with --model.weights {path}"
                 )
-            is_last = self._options.ckpt_path == "last"  # one that is named begins another branch
             subparser = self._parser(self.config.subcommand)
             subparser.set_defaults(continuation.options_of(saved, subparser.get_defaults()))
             self.config = parser.parse_args(args)
@@ -192,24 +200,16 @@ class DINOCLI(LightningCLI):
             print("\n".join(f"{name:16}{value:.4f}" for name, value in measured) or "no labelled train/ and val/ to measure on")
 
 
-def _begin_with(said: Mapping[str, Any]) -> tuple[str, str | None, Mapping[str, Any] | None]:
-    """The method, the checkpoint's path and what it holds, where one is named that is a file, or the last.
-
-    Raises:
-        FileNotFoundError: if there is no last one.
-        ValueError: if the checkpoint is of another method than the arguments name.
-    """
-    named, path, saved = said.get("method"), said.get("ckpt_path"), None
+def _method_of(args: Sequence[str]) -> str:
+    """The method that arguments, a recipe or else the checkpoint to begin with name; ``dino`` if none does."""
+    said = commands.said(args)
+    path = said.get("ckpt_path")
+    if said.get("method") or not path:
+        return said.get("method") or "dino"
     if path == "last":
         folders = [said.get("trainer.default_root_dir") or ".", said.get("checkpoint.dirpath")]
         path = continuation.find_last([folder for folder in folders if folder])
-    if path and Path(path).is_file():
-        saved = read_checkpoint(path)
-        method = saved.get("method", "dino")
-        if named not in (None, method):
-            raise ValueError(f"{path} is of the method {method!r}, not {named!r}; leave --method and its recipe out, or train anew")
-        named = method
-    return named or "dino", path, saved
+    return read_checkpoint(path).get("method", "dino") if Path(path).is_file() else "dino"
 
 
 def _real(path: str | None) -> str | None:

@@ -27,7 +27,7 @@ class GoldenMasks(DINOv2Module):
     def draw_masks(self, n_crops: int, grid: tuple[int, int]) -> torch.Tensor:
         ranks = self.trainer.world_size  # of the golden run, or one that has all images
         share = self.golden.item("config.batch_size") * self.golden.item("config.world_size") // ranks
-        batch, start = divmod(self._key[2] * self.trainer.train_dataloader.batch_size, share)  # in the epoch, of a rank's images
+        batch, start = divmod(self.key[2] * self.trainer.train_dataloader.batch_size, share)  # in the epoch, of a rank's images
         masks = self.golden[f"batch{batch}.masks"].unflatten(0, (2, -1))
         start += self.global_rank * share
         return masks[:, start : start + n_crops // 2].flatten(0, 1)

@@ -7,6 +7,7 @@ import torch
 import yaml
 from conftest import two_colours
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from dino_lightning.door.errors import UsageError
 from dino_lightning.evaluation.collapse import Signs, diagnose, forgetting
 from dino_lightning.methods.dinov2 import DINOv2Plan
 from dino_lightning.tools.checkpoint import load_module, untrained
+from dino_lightning.training.guard import NonFiniteLossError
 
 OPTIONS = dict(out_dim=64, hidden_dim=32, bottleneck_dim=16, warmup_epochs=0, warmup_teacher_temp_epochs=0, freeze_last_layer=0)
 
@@ -88,7 +90,7 @@ def test_masks_depend_on_seed_step_micro_batch_and_rank_alone():
     module = build_module()
     drawn = {}
     for key in ((0, 0, 0, 0), (0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
-        module._key = key
+        module.key = key
         masks = module.draw_masks(8, (4, 4))
         assert masks.shape == (8, 16) and masks.dtype == torch.bool and masks.any(dim=1).sum() == 4
         assert torch.equal(drawn.setdefault(key, masks), masks)
@@ -118,6 +120,44 @@ def test_a_held_backbone_stays_and_its_heads_learn(caplog):
     assert watch.moved("teacher.backbone.") == [False, False, True, True, True]
 
 
+def test_a_released_backbone_warms_up_by_itself():
+    class Rates(Callback):
+        seen = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            of = {group["backbone"]: group["lr"] for group in optimizer.param_groups if group["below"] == 0}
+            self.seen.append(of[True] / of[False] if of[False] else 0.0)
+
+    fit(build_module(freeze_backbone_epochs=1, warmup_epochs=2, layerwise_decay=1.0), loader_of(16), callbacks=[Rates()], max_epochs=5)
+    assert Rates.seen[3:] == pytest.approx([0, 0, *(i / 7 for i in range(1, 8)), *[1] * 8]), "4 steps held, 8 of warm-up, then as the heads"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_centres(tmp_path):
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == 2:
+                self.centers = [center.center.clone() for center in module._centers().values()]
+                module.student.dino_head.last_layer.weight_v.data[0] = torch.nan  # the teacher's logits are finite still
+
+        def on_exception(self, trainer, module, exception):
+            self.kept = [torch.equal(a, b.center) for a, b in zip(self.centers, module._centers().values())]
+
+    poison = Poison()
+    with pytest.raises(NonFiniteLossError, match="at step 2 .*teacher temperature 0.07, norm of dino_center .* norm of ibot_center"):
+        fit(build_module(), callbacks=[poison, ModelCheckpoint(tmp_path, every_n_train_steps=1)], enable_checkpointing=True, max_epochs=4)
+    assert poison.kept == [True, True]
+
+
+def test_masks_are_for_the_class_token_too():
+    """Also without the patches' loss, as in the reference."""
+    losses = []
+    for probability in (0.0, 1.0):
+        watch = States()
+        fit(build_module(ibot_loss_weight=0, mask_probability=probability), callbacks=[watch], max_epochs=1)
+        losses.append(watch.losses[0])
+    assert losses[0] != losses[1]
+
+
 def test_a_frozen_last_layer_is_one_with_a_rate_of_0():
     watch = States()
     trainer = fit(build_module(freeze_last_layer=1), callbacks=[watch])
@@ -136,6 +176,8 @@ def test_a_frozen_last_layer_is_one_with_a_rate_of_0():
         ({"layer_scale": 0.0}, "layer_scale must be a positive number or null, got 0.0"),
         ({"koleo_loss_weight": -1}, "koleo_loss_weight must not be negative, got -1"),
         ({"registers": 1.5}, "registers must be an integer, got 1.5"),
+        ({"backbone": "dinov2_vits14", "registers": 4}, "registers, layer_scale, ffn shape the backbones vit_.; dinov2_vits14 brings its own"),
+        ({"dino_loss_weight": 0, "ibot_loss_weight": 0, "koleo_loss_weight": 0}, "there is nothing to learn"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -181,20 +223,29 @@ def run(tmp_path_factory):
         "trainer": {"accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False, "default_root_dir": str(root)},
     }  # fmt: skip
     (root / "small.yaml").write_text(yaml.safe_dump(recipe))
-    main(["fit", "--config", str(root / "small.yaml"), "--checkpoint.every_n_epochs=1", "--checkpoint.save_top_k=-1", "--checkpoint.filename={epoch}"])
-    return root, str(next(root.rglob("epoch=2.ckpt")))
+    main(["fit", "--config", str(root / "small.yaml"), "--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--checkpoint.filename={step}"])
+    return root, str(next(root.rglob("step=12.ckpt")))
 
 
 def test_a_run_of_the_command_line_goes_on_exactly(run, tmp_path, monkeypatch):
-    """From the middle, without the recipe: the checkpoint says its method."""
+    """From the middle of an epoch, by the run's own config, and with another option, which wins."""
     root, whole = run
     monkeypatch.chdir(tmp_path)
-    half = whole.replace("epoch=2", "epoch=0")
+    half = whole.replace("step=12", "step=6")
     main(["fit", "--data.root", str(root / "images"), "--config", str(Path(whole).parents[1] / "config.yaml"),
           "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", half])  # fmt: skip
-    before, after = (torch.load(path, weights_only=True) for path in (whole, next(tmp_path.rglob("epoch=2.ckpt"))))
+    before, after = (torch.load(path, weights_only=True) for path in (whole, next(tmp_path.rglob("step=12.ckpt"))))
     assert before["method"] == "dinov2" and yaml.safe_load((Path(whole).parents[1] / "config.yaml").read_text())["method"] == "dinov2"
     assert all(torch.equal(value, after["state_dict"][key]) for key, value in before["state_dict"].items())
+    without_method = {key: part for key, part in yaml.safe_load((root / "small.yaml").read_text()).items() if key in ("data", "trainer")}
+    Path("plain.yaml").write_text(yaml.safe_dump(without_method))
+    again = ("fit", "--config", "plain.yaml", "--ckpt_path", half)
+    main([*again, "--model.layerwise_decay", "1.0", "--trainer.default_root_dir", "flat", "--checkpoint.filename", "flat"])
+    flat = torch.load(next(Path("flat").rglob("flat.ckpt")), weights_only=True)
+    rates = {group["lr"] for group in flat["optimizer_states"][0]["param_groups"] if not group["patch_embed"]}
+    assert len(rates) == 1 and flat["method"] == "dinov2", "without the recipe: the checkpoint says its method"
+    with pytest.raises(UsageError, match="--method dino, but .*small.yaml says method: dinov2"):
+        main(["fit", "--config", str(root / "small.yaml"), "--method", "dino"])
     with pytest.raises(ValueError, match="is of the method 'dinov2', not 'dino'"):
         main(["fit", "--method", "dino", "--data.root", str(root / "images"), "--ckpt_path", half])
     with pytest.raises(ValueError, match="is of the method 'dinov2', DINOModule is 'dino'"):

@@ -14,7 +14,7 @@ from dino_lightning.backbones import build, freeze_unused
 from dino_lightning.backbones.block import FFNS, Block, drop_path_subset
 from dino_lightning.data import masking
 from dino_lightning.data.masking import sample_masks
-from dino_lightning.training.optim import clip_together_, gradient_norms, layered, layered_param_groups
+from dino_lightning.training.optim import Layered, clip_together_, gradient_norms, layered, layered_param_groups
 from dino_lightning.training.randomness import seeded
 
 
@@ -338,11 +338,13 @@ def test_bad_mask_options_are_named(options, message):
 @pytest.mark.parametrize("case", ["small", "chunked"])
 def test_parameter_rules_equal_the_reference(golden, case):
     g = golden("dinov2/param_groups")
-    options = {name: g.item(f"{case}.args.{name}") for name in ("depth", "layerwise_decay", "patch_embed_lr_mult")}
+    rates = [g.item(f"{case}.args.{name}") for name in ("layerwise_decay", "patch_embed_lr_mult")]
     names = g._arrays[f"{case}.name"].tolist()
     assert len(names) > 70
     for name, rate, decay, last in zip(names, *(g[f"{case}.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))):
-        assert layered(name, **options) == (pytest.approx(rate, rel=1e-12), decay == 1, last), name
+        parameter = torch.empty(2) if name.endswith((".bias", ".gamma")) or "norm" in name else torch.empty(2, 2)
+        place = layered(name, parameter, g.item(f"{case}.args.depth"))
+        assert (place.lr_multiplier(*rates), place.decayed, place.last_layer) == (pytest.approx(rate, rel=1e-12), decay == 1, last), name
 
 
 def test_parameters_that_are_treated_alike_are_one_group():
@@ -350,17 +352,19 @@ def test_parameters_that_are_treated_alike_are_one_group():
     head = nn.ModuleDict({"mlp": nn.Linear(24, 8), "last_layer": nn.utils.parametrizations.weight_norm(nn.Linear(8, 4, bias=False))})
     network = nn.ModuleDict({"backbone": vit, "dino_head": head})
     vit.pos_embed.requires_grad_(False)
-    options = {"depth": 2, "layerwise_decay": 0.5, "patch_embed_lr_mult": 0.2}
-    groups = layered_param_groups(network, **options)
-    rules = [(group["lr_multiplier"], group["decayed"], group["last_layer"]) for group in groups]
-    assert rules == sorted(set(rules)) and {rule[0] for rule in rules} == {0.025, 0.125, 0.25, 0.5, 1.0}
-    tokens = groups[rules.index((0.125, True, False))]["params"]
+    groups = layered_param_groups(network, depth=2)
+    places = [Layered(*(group[name] for name in Layered._fields)) for group in groups]
+    assert places == sorted(set(places)) and {place.lr_multiplier(0.5, 0.2) for place in places} == {0.025, 0.125, 0.25, 0.5, 1.0}
+    tokens = groups[places.index(Layered(backbone=True, below=3, patch_embed=False, decayed=True, last_layer=False))]["params"]
     assert {id(p) for p in tokens} == {id(p) for p in (vit.cls_token, vit.mask_token, vit.register_tokens)}
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in network.parameters() if p.requires_grad), "each once, the frozen not at all"
     torch.optim.AdamW(groups, lr=0.0)
     with pytest.raises(ValueError, match="backbone.blocks.1.norm1.weight is beyond the depth 1"):
-        layered_param_groups(network, **{**options, "depth": 1})
+        layered_param_groups(network, depth=1)
+    cnn = nn.ModuleDict({"backbone": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), "dino_head": nn.Linear(4, 2)})
+    decayed = {id(p) for group in layered_param_groups(cnn, depth=None) if group["decayed"] for p in group["params"]}
+    assert decayed == {id(cnn["backbone"][0].weight), id(cnn["dino_head"].weight)}, "no gain of a batch norm"
 
 
 def test_clipping_together_is_by_the_common_norm():

@@ -11,7 +11,6 @@ from dinov2_trajectory import LOSSES, SCHEDULES, Golden, build_loader, build_mod
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dino_lightning.methods.dinov2 import DINOv2Plan
-from dino_lightning.training.optim import layered
 
 RUNS = ["dinov2/trajectory_sinkhorn", "dinov2/trajectory_centering"]
 
@@ -108,16 +107,20 @@ def test_schedules(golden, case):
 
 
 @pytest.mark.parametrize("run", [*RUNS, "dinov2/trajectory_two_ranks"])
-def test_groups_of_the_optimizer(run):
-    """Every parameter is in the group of its multipliers."""
+def test_rates_of_the_parameters(run):
+    """What the optimizer is told in a step in the middle is the golden plan's, times the golden multipliers."""
     golden = Golden(run)
     module = build_module(golden)
-    groups = module.build_optimizer(fused=False).param_groups
-    of = {parameter: group for group in groups for parameter in group["params"]}
+    steps, epochs = golden.item("config.niter"), golden.item("config.epochs")
+    module._plan = DINOv2Plan.of(module.options, epochs * steps, steps, golden.item("config.lr"))
+    optimizer = module.build_optimizer(fused=False)
+    of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     parameters = dict(module.student.named_parameters())
     names = golden.names("params.name")
     assert sorted(names) == sorted(parameters)
-    for name, lr, decay, last in zip(names, golden["params.lr_multiplier"], golden["params.wd_multiplier"], golden["params.is_last_layer"]):
-        group = of[parameters[name]]
-        assert abs(group["lr_multiplier"] - lr) < 1e-6 and (group["decayed"], group["last_layer"]) == (bool(decay), bool(last)), name
-    assert layered("dino_head.last_layer.weight_g", depth=2, layerwise_decay=0.9, patch_embed_lr_mult=0.2) == (1.0, True, True)
+    for step in (1, 5):
+        module.set_rates(optimizer.param_groups, step)
+        for name, lr, decay, last in zip(names, *(golden[f"params.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))):
+            group, rate = of[parameters[name]], golden["last_layer_lr" if last else "lr"][step].item()
+            assert group["lr"] == pytest.approx(lr * rate, rel=1e-6, abs=1e-15), name
+            assert group["weight_decay"] == pytest.approx(decay * golden["weight_decay"][step].item(), rel=1e-6), name

@@ -115,7 +115,8 @@ def options_of(recipe):
 
 def test_no_recipe_has_too_many_prototypes_for_the_images_that_it_is_for():
     sizes = {recipe: found for recipe in recipes.names() if (found := images_of(recipe))}
-    assert sizes == {"cifar10": [50_000], "cpu": [1000], "quickstart": [2048], "small_images": [2000, 100_000]}
+    expected = {"cifar10": [50_000], "cpu": [1000], "quickstart": [2048], "small_images": [2000, 100_000]}
+    assert sizes == expected | {f"dinov2_{name}": expected[name] for name in ("quickstart", "small_images")}
     for recipe, found in sizes.items():
         assert not any(too_many_prototypes(options_of(recipe)["model"]["out_dim"], images) for images in found), recipe
     assert "2,000 to 100,000 own photographs" in (Path(__file__).parent.parent / "README.md").read_text()

@@ -56,8 +56,8 @@ class CollapseDoctor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options = pl_module.options
-        self._out_dim = options["out_dim"]
-        self._patch_out_dim = options["ibot_out_dim" if options.get("ibot_separate_head") else "out_dim"]
+        self._out_dim = options.get("out_dim", 1)
+        self._patch_out_dim = options.get("ibot_out_dim" if options.get("ibot_separate_head") else "out_dim", 1)
         self._suspected, self._lasted, self._stuck = "", 0, 0
         self._share_used: Tensor | None = None  # known after a window
         self._reading: tuple[LateReading, int] | None = None
@@ -79,15 +79,18 @@ class CollapseDoctor(Callback):
     ) -> None:
         if self._reading is not None:
             self._judge(trainer)
-        if pl_module.observed is None or "kl" not in outputs:  # a subclass's own training_step
+        seen = pl_module.observed
+        if seen is None or seen.logits is None or "kl" not in outputs:  # a method without prototypes, a subclass's own training_step
             return
-        features, logits, center = pl_module.observed  # (2·B, D), (2·B, K), (1, K)
+        features, logits, center = seen  # (2·B, D), (2·B, K), (1, K)
         entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
         first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
         missing = torch.full_like(kl, torch.nan)
         patches = [outputs.get(name, missing) for name in _OF_PATCHES]
-        self._sums += torch.stack([entropy + kl, entropy, kl, *spread, *patches, *first])
+        signs = torch.stack([entropy + kl, entropy, kl, *spread, *patches, *first])
+        known = signs.isfinite()
+        self._sums += torch.stack([torch.where(known, signs, 0), known.to(signs)])
         strongest = (logits if center is None else logits - center).argmax(dim=1)
         self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
@@ -109,18 +112,19 @@ class CollapseDoctor(Callback):
 
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
-        self._sums = torch.zeros(8 + len(_OF_PATCHES), device=device)
+        self._sums = torch.zeros(2, 8 + len(_OF_PATCHES), device=device)  # and how often each was known
         self._chosen = torch.zeros(self._out_dim, dtype=torch.long, device=device)
 
     def _close(self, trainer: Trainer, device: torch.device) -> None:
         """The window's numbers over all ranks set out for the host."""
-        sums, chosen = self._sums / (_WINDOW * trainer.world_size), self._chosen.float()
+        sums, chosen = self._sums, self._chosen.float()
         if trainer.world_size > 1:
             dist.all_reduce(sums)
             dist.all_reduce(chosen)
+        means = sums[0] / sums[1]  # NaN where nothing is known
         self._share_used = (chosen > 0).float().mean()
         prototypes = torch.special.entr(chosen / chosen.sum()).sum().exp()
-        self._reading = LateReading(torch.cat([sums, prototypes[None]])), trainer.global_step
+        self._reading = LateReading(torch.cat([means, prototypes[None]])), trainer.global_step
         self._begin(device)
 
     def _judge(self, trainer: Trainer) -> None:

@@ -31,8 +31,12 @@ def check(command: str, args: Sequence[str]) -> None:
             raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
     if args and not args[0].startswith("-"):
         raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean --data.root {args[0]}?")
+    asked = dict(given).get("--method")
     for config in [value for name, value in given if name == "--config" and value]:
-        for key in _in_config(config):
+        content = _in_config(config)
+        if asked and content.get("method", asked) != asked:
+            raise UsageError(f"--method {asked}, but {config} says method: {content['method']}; leave one of them out")
+        for key in content:
             if not known.have(key):
                 raise unknown("key", f"in {config}", key, known.names(), "", f"dino-lightning {command} --help lists them")
     _check_checkpoint(dict(given).get("--ckpt_path"))

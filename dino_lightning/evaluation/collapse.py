@@ -92,7 +92,7 @@ def _diagnose_patches(signs: Signs, ln_k: float) -> Verdict | None:
         return Verdict(
             "no_masks",
             "no patch is masked, so the patches' loss is 0: raise mask_probability (of 2 global crops × batch_size, this share is masked, "
-            "rounded down) and mask_ratio, or set ibot_loss_weight to 0",
+            "rounded down) and mask_ratio, or the crops, if they have fewer than 4×4 patches; or set ibot_loss_weight to 0",
         )
     if signs.patch_entropy > ln_k - 0.25:
         return Verdict(
@@ -104,7 +104,7 @@ def _diagnose_patches(signs: Signs, ln_k: float) -> Verdict | None:
         return Verdict(
             "one_patch_prototype_collapse",
             f"collapse of the patches to one prototype: the teacher puts those of a batch on about {signs.patch_prototypes:.1f} prototypes "
-            f"and is sure of it (entropy {signs.patch_entropy:.2f} of {ln_k:.2f}). Use centering=sinkhorn_knopp, or raise teacher_temp",
+            f"and is sure of it (entropy {signs.patch_entropy:.2f} of {ln_k:.2f}). Raise teacher_temp, or try the other centering",
         )
     if signs.koleo_distance < 0.02:
         return Verdict(
@@ -117,7 +117,7 @@ def _diagnose_patches(signs: Signs, ln_k: float) -> Verdict | None:
 
 def forgetting(before: float, now: float) -> Verdict | None:
     """Of the k-NN accuracy of a run that began with trained weights, against that before its first step."""
-    if now > 0.8 * before:
+    if now >= 0.8 * before:
         return None
     return Verdict(
         "forgetting",

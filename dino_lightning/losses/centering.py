@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.losses.precision import full
 from dino_lightning.losses.ranks import all_reduce, n_ranks
 
 
@@ -15,7 +14,6 @@ class Centering(nn.Module):
 
     Attributes:
         center: (1, K) buffer, the running mean of the logits.
-        entropy: scalar, the mean entropy in nats of the last call's distributions; None before it and where it had no rows.
     """
 
     def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
@@ -24,7 +22,6 @@ class Centering(nn.Module):
             raise ValueError(f"momentum must lie in [0, 1], got {momentum}")
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(1, out_dim))
-        self.entropy: Tensor | None = None
         # Sum of the logits (K,) and number of rows since the last commit.
         # Not a buffer: DistributedDataParallel would overwrite it with rank 0's.
         self._pending: tuple[Tensor, int] | None = None
@@ -41,12 +38,11 @@ class Centering(nn.Module):
             raise ValueError(f"expected logits (rows, {k}), got {tuple(logits.shape)}")
         if temp <= 0:
             raise ValueError(f"the temperature must be positive, got {temp}")
-        p, entropy = sharpened(logits, self.center, temp)
-        self.entropy = entropy if len(logits) else None
         if self.training:
             total, count = self._pending or (0, 0)
             self._pending = total + logits.sum(dim=0, dtype=self.center.dtype), count + len(logits)
-        return p
+        # The centre is float32, and so is what is left of logits of half precision.
+        return (logits - self.center).div_(temp).softmax(dim=-1)
 
     @torch.no_grad()
     def update_center(self, keep: Tensor | None = None) -> None:
@@ -73,10 +69,3 @@ class Centering(nn.Module):
     def reset(self) -> None:
         """Forgets what was recorded since the last commit, as when a new run begins."""
         self._pending = None
-
-
-def sharpened(logits: Tensor, center: Tensor, temp: float) -> tuple[Tensor, Tensor]:
-    """softmax((logits − center) / temp), (n, K), and the mean entropy of its rows in nats; at least in float32."""
-    log_p = torch.log_softmax((full(logits) - center) / temp, dim=-1)
-    p = log_p.exp()
-    return p, -(p * log_p).sum(dim=-1).mean()

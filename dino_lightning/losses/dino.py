@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.losses.centering import sharpened
 from dino_lightning.losses.cross_entropy import cross_entropy
+from dino_lightning.losses.precision import full
 from dino_lightning.losses.ranks import all_reduce
 
 
@@ -50,7 +50,10 @@ class DINOLoss(nn.Module):
         """
         self._check(student_logits, teacher_logits, teacher_temp)
         with torch.no_grad():
-            p, self.teacher_entropy = sharpened(teacher_logits, self.center, teacher_temp)
+            log_p = torch.log_softmax((full(teacher_logits) - self.center) / teacher_temp, dim=-1)
+            p = log_p.exp()  # (2·B, K)
+            self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
+            del log_p
         loss = sum(dino_terms(student_logits, p, self.student_temp))
         if self.training:
             self._record(teacher_logits, loss.detach())

@@ -37,7 +37,7 @@ class KoLeoLoss(nn.Module):
             x = F.normalize(full(features), eps=1e-8, dim=-1)
             with torch.no_grad():
                 nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(dim=1)
-            neighbours = x[nearest]  # not detached: both ends of a pair move
+            neighbours = x.index_select(0, nearest)  # not detached: both ends of a pair move
             distances = F.pairwise_distance(x, neighbours, eps=1e-8)
             self.distance = distances.detach().mean()
             apart = (x != neighbours).any(dim=1)

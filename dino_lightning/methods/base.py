@@ -22,6 +22,7 @@ from dino_lightning.backbones import (
     freeze_unused,
     warn_of_classifier,
 )
+from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.methods.networks import Network, split_views
 from dino_lightning.training import resume
 from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -34,7 +35,7 @@ from dino_lightning.training.checks import (
     warn_of_local_batch_norms,
 )
 from dino_lightning.training.guard import NonFiniteGuard
-from dino_lightning.training.optim import build_optimizer, gradient_norms, param_groups
+from dino_lightning.training.optim import build_optimizer, clip_together_, gradient_norms, param_groups
 from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
 from dino_lightning.weights.networks import facts_of
 
@@ -44,7 +45,7 @@ _OBJECT = "object:"  # how a backbone that was given as an object stands in the 
 
 class Observed(NamedTuple):
     """What a training step saw, for callbacks: ``features`` (2·B, D) of the evaluated network for the global crops, views-major;
-    where the method has them, its ``logits`` (2·B, K) and the ``center`` (1, K) that is subtracted from them.
+    where the method has prototypes, ``logits`` (2·B, K) or distributions over them, and a ``center`` (1, K) yet to be subtracted.
     """
 
     features: Tensor
@@ -67,6 +68,7 @@ class Method(LightningModule):
     """
 
     method: ClassVar[str]  # its name behind --method and in checkpoints
+    title: ClassVar[str]  # its name for people
     plan_type: ClassVar[type[Plan]] = Plan
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
@@ -77,12 +79,10 @@ class Method(LightningModule):
         check_options(self.options)
         # A subclass's own argument is saved as it came in; that of a command-line run is the class path.
         self.save_hyperparameters(frame=inspect.currentframe().f_back)
-        for name in ("weights", "weights_with_head"):  # what is loaded from a checkpoint has the checkpoint's
+        # What is loaded from a checkpoint has the checkpoint's weights; a default that gives way must not come back as one that was asked for.
+        for name in ("weights", "weights_with_head", *(name for name in self._hparams if isinstance(self._hparams[name], Unsaid))):
             self._hparams.pop(name, None)
             self._hparams_initial.pop(name, None)
-        for name in set(self._hparams) & set(self.options):
-            if isinstance(self._hparams[name], Unsaid):
-                self._hparams[name] = self._hparams_initial[name] = int(self._hparams[name])
         self._hparams["backbone"] = self._hparams_initial["backbone"] = plain(self.hparams.get("backbone", arguments["backbone"]))
 
         self.started_from: str | None = arguments["weights"]
@@ -136,17 +136,14 @@ class Method(LightningModule):
         """``lr`` for this many images a step."""
         return self.options["lr"] * images / 256
 
-    def after_step(self, step: int, stepped: bool) -> Tensor | None:
+    def after_step(self, step: int, stepped: bool, non_finite: Tensor) -> None:
         """Moves what is not trained by gradients, once for each optimizer step.
 
         Args:
             step: global step, counted from 0.
             stepped: false if a gradient scaler skipped the step, and nothing must move.
-
-        Returns:
-            The number of losses since the step before that were not finite, over all ranks, as a scalar on the device.
+            non_finite: scalar on the device, how many losses of the step were not finite, over all ranks.
         """
-        raise NotImplementedError
 
     def begin_run(self) -> None:
         """Makes ready for the first step: losses in training mode, nothing left in them of an earlier run."""
@@ -166,12 +163,12 @@ class Method(LightningModule):
         return build_optimizer(self.options["optimizer"], groups, fused=fused)
 
     def clip(self, gradients: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
-        """Clips the gradients in place; ``norms`` are those of each."""
-        raise NotImplementedError
+        """Clips the gradients in place, by the norm of all together; ``norms`` are those of each."""
+        clip_together_(gradients, norms, max_norm)
 
     def flops_per_image(self, views: Sequence[Tensor]) -> int:
         """Floating-point operations of a training step for one image, given its views (1, C, H, W)."""
-        raise NotImplementedError
+        return 3 * count_flops(self.trained, lambda: self.trained(views))
 
     def failure(self, step: int) -> str:
         """What else to say of a step whose loss was not finite, ending in a comma; may read from the device."""
@@ -243,6 +240,9 @@ class Method(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        self._guard.count(loss)
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.finish_step()
 
@@ -260,10 +260,10 @@ class Method(LightningModule):
         self._guard.check(self._trainer)
         step, self._finished_step = self.global_step - 1, self.global_step
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
-        non_finite = self.after_step(step, stepped)
+        non_finite = self._guard.total(self.device)
+        self.after_step(step, stepped, non_finite)
         self._skipped_steps += not stepped
-        if non_finite is not None:
-            self._guard.watch(non_finite, self._report(step))
+        self._guard.watch(non_finite, self._report(step))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(_may_fuse(self.trainer))
@@ -322,7 +322,7 @@ class Method(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._guard.check(self._trainer)
-        checkpoint["method"] = self.method
+        checkpoint["method"], checkpoint["started_from"] = self.method, self.started_from
         checkpoint["drop_path_seed"] = self._seed
         checkpoint["images"] = self.images
         if isinstance(self.evaluated.backbone, VisionTransformer):
@@ -332,9 +332,10 @@ class Method(LightningModule):
             checkpoint["layout"] = layout
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("method", self.method)
+        saved = checkpoint.get("method", "dino")
         if saved != self.method:
             raise ValueError(f"this checkpoint is of the method {saved!r}, {type(self).__name__} is {self.method!r}; use its module")
+        self.started_from = checkpoint.get("started_from")
         self._seed = checkpoint.get("drop_path_seed")
         self.images = checkpoint.get("images", {})
         if self._trainer is not None:  # a run that goes on, not a module that is loaded
@@ -371,7 +372,10 @@ class Method(LightningModule):
         Args:
             trainable: whether its parameters require gradients; call ``train()`` for stochastic depth.
         """
-        return copy.deepcopy(self.evaluated.backbone).eval().requires_grad_(trainable)
+        backbone = copy.deepcopy(self.evaluated.backbone).eval().requires_grad_(trainable)
+        if getattr(backbone, "mask_token", None) is not None:
+            backbone.mask_token.requires_grad_(False)  # it plays no part in features
+        return backbone
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """(images, labels) of the bank (loader 0) or the queries (loader 1) → their features and labels, for callbacks."""

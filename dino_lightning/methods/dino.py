@@ -86,7 +86,7 @@ class DINOModule(Method):
         weights_with_head: take over the projection head and the centre of that source too.
     """
 
-    method = "dino"
+    method, title = "dino", "DINO"
     plan_type = DINOPlan
 
     def __init__(
@@ -172,12 +172,11 @@ class DINOModule(Method):
         """Each gradient by its own norm."""
         clip_each_(gradients, norms, max_norm)
 
-    def after_step(self, step: int, stepped: bool) -> Tensor | None:
+    def after_step(self, step: int, stepped: bool, non_finite: Tensor) -> None:
         """The teacher and the centre follow (section 3.1)."""
-        non_finite = self.loss.update_center(skip=not stepped)
+        self.loss.update_center(skip=not stepped)  # which counts losses that are not finite by itself
         if stepped:
             self.teacher.follow(self.student, self.plan.momentum_at(step))
-        return non_finite
 
     def begin_run(self) -> None:
         self.loss.train()

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.head import DINOHead
 from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
@@ -16,7 +17,7 @@ from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, si
 from dino_lightning.losses.transfer import sent
 from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
-from dino_lightning.training.optim import build_optimizer, clip_together_, layered_param_groups
+from dino_lightning.training.optim import Layered, build_optimizer, clip_together_, layered_param_groups
 from dino_lightning.training.plan import Plan, Unsaid
 from dino_lightning.training.randomness import generator, seeded
 from dino_lightning.training.schedules import cosine_schedule, linear_warmup
@@ -56,6 +57,8 @@ class DINOv2Module(Method):
 
     Trains on batches of views as ``DINOModule`` does. The options and defaults are those of the reference's default configuration,
     a ViT-L for 1.3 million images; for less there are recipes, ``--config dinov2_small_images``.
+
+    ``key`` is (seed, step, micro-batch, rank) of the training step under way: what is drawn in it depends on that alone.
 
     Args:
         backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant; dinov2_vits14, b, l and g, with _reg for registers, which
@@ -107,7 +110,7 @@ class DINOv2Module(Method):
             none were published.
     """
 
-    method = "dinov2"
+    method, title = "dinov2", "DINOv2"
     plan_type = DINOv2Plan
 
     def __init__(
@@ -156,6 +159,8 @@ class DINOv2Module(Method):
     ) -> None:
         given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only
         super().__init__(locals())
+        if dino_loss_weight == ibot_loss_weight == koleo_loss_weight == 0:
+            raise ValueError("dino_loss_weight, ibot_loss_weight and koleo_loss_weight are all 0: there is nothing to learn")
         given = self._build(given)
         heads = {"dino_head": (out_dim, hidden_dim, bottleneck_dim)}
         if ibot_separate_head and ibot_loss_weight > 0:
@@ -171,21 +176,31 @@ class DINOv2Module(Method):
         self.koleo_loss, self.ibot_loss = KoLeoLoss(), IBOTLoss(student_temp)
         if centering == "centering":
             self.dino_center = Centering(out_dim, center_momentum)
-            self.ibot_center = Centering(ibot_out_dim if ibot_separate_head else out_dim, center_momentum)
+            if ibot_loss_weight > 0:
+                self.ibot_center = Centering(ibot_out_dim if ibot_separate_head else out_dim, center_momentum)
+        self.key = (0, 0, 0, 0)
 
     def _build(self, given: str | nn.Module) -> nn.Module:
         """The backbone, with a mask token where patches are masked."""
         options, masks = self.options, self.options["ibot_loss_weight"] > 0
-        named = isinstance(given, str) and given.startswith(("vit_", "dinov2_"))
-        more = {"mask_token": True, "drop_path_uniform": True} if named else {}
-        if named and given.startswith("vit_"):
-            more |= {name: options[name] for name in ("registers", "layer_scale", "ffn")}
+        more: dict[str, Any] = {}
+        if isinstance(given, str) and given.startswith(("vit_", "dinov2_")):
+            more = {"mask_token": True, "drop_path_uniform": True}
+        shape = {name: options[name] for name in _SHAPE}
+        if isinstance(given, str) and given.startswith("vit_"):
+            more |= shape
+        elif isinstance(given, str) and shape != _SHAPE:
+            raise ValueError(f"{', '.join(_SHAPE)} shape the backbones vit_*; {given} brings its own, so leave them out (got {shape})")
         backbone = self.build_backbone(given, used=["mask_token"], **more)
-        if masks and getattr(backbone, "mask_token", None) is None:
+        maskable = isinstance(backbone, VisionTransformer) and backbone.mask_token is not None
+        if masks and not maskable:
             raise ValueError(
                 f"ibot_loss_weight={options['ibot_loss_weight']} needs patches that can be masked, which {type(backbone).__name__} has not: "
-                "give a VisionTransformer(..., mask_token=True) or the name of a ViT, or set ibot_loss_weight=0"
+                "give a VisionTransformer(..., mask_token=True) or the name of a ViT (with weights=... for trained ones), or set "
+                "ibot_loss_weight=0"
             )
+        if maskable:
+            backbone.mask_token.requires_grad_(True)  # frozen where only features are taken
         return backbone
 
     @property
@@ -199,13 +214,13 @@ class DINOv2Module(Method):
     def draw_masks(self, n_crops: int, grid: tuple[int, int]) -> Tensor:
         """Which patches of the global crops the student does not see: bool (2·B, h·w), all of global view 0 first.
 
-        Drawn on the host by (seed, step, micro-batch, rank). Override it for masks of your own.
+        Drawn on the host by ``self.key``. Override it for masks of your own.
 
         Args:
             n_crops: 2·B.
             grid: (h, w) patches of a crop.
         """
-        options, random = self.options, generator(*self._key, 1)
+        options, random = self.options, generator(*self.key, 1)
         masks = sample_masks(
             n_crops, grid, ratio=options["mask_ratio"], probability=options["mask_probability"], generator=random
         )
@@ -215,14 +230,17 @@ class DINOv2Module(Method):
         """One (micro-)batch → the loss, and for callbacks what its parts are, detached, in nats."""
         self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         views, options = split_views(batch), self.options
+        if views[0].shape != views[1].shape:
+            raise ValueError(f"the two global crops must have one size, got {tuple(views[0].shape)} and {tuple(views[1].shape)}")
         temp = self.plan.teacher_temp_at(self.global_step)
-        self._key = (self._seed, self.global_step, batch_idx, self.global_rank)
+        self.key = (self._seed, self.global_step, batch_idx, self.global_rank)
         masks, rows = self._masked(views[0])
         with torch.no_grad():
-            teacher = _look(self.teacher, views[:2], rows)
-            targets = self._targets("dino", teacher.logits, temp)  # (2·B, K)
-            patch_targets = self._targets("ibot", teacher.patch_logits, temp)  # (M, K)
-        with seeded(self.device, *self._key):  # for the drop path
+            features, logits, patch_logits = _look(self.teacher, views[:2], rows)
+            targets = self._targets("dino", logits, temp)  # (2·B, K)
+            patch_targets = self._targets("ibot", patch_logits, temp)  # (M, K)
+            del logits, patch_logits
+        with seeded(self.device, *self.key):  # for the drop path
             student = _look(self.student, views, rows, masks)
 
         dino_global, dino_local = dino_terms(student.logits, targets, options["student_temp"])
@@ -232,11 +250,10 @@ class DINOv2Module(Method):
             parts["ibot_loss"] = self.ibot_loss(student.patch_logits, patch_targets, masks)
             loss = loss + options["ibot_loss_weight"] * parts["ibot_loss"]
         if options["koleo_loss_weight"] > 0:
-            parts["koleo_loss"] = sum(self.koleo_loss(view) for view in student.features.chunk(2))
+            parts["koleo_loss"], parts["koleo_distance"] = self._koleo(student.features)
             loss = loss + options["koleo_loss_weight"] * parts["koleo_loss"]
 
-        self._guard.count(loss)
-        self.observed = Observed(teacher.features, teacher.logits, self.dino_center.center if self._centers() else None)
+        self.observed = Observed(features, targets)
         numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, masks, dino_global + dino_local)}
         numbers = {name: value.detach() for name, value in numbers.items()}
         self.log_dict({f"train/{name}": value for name, value in numbers.items()})
@@ -251,20 +268,18 @@ class DINOv2Module(Method):
                 self.log(f"train/grad_norm_{name}", clip_together_(gradients[start:stop], norms[start:stop], max_norm))
             start = stop
 
-    def after_step(self, step: int, stepped: bool) -> Tensor | None:
+    def after_step(self, step: int, stepped: bool, non_finite: Tensor) -> None:
         """The teacher and the centres follow."""
-        non_finite = self._guard.total()
-        for center in self._centers():
+        for center in self._centers().values():
             if stepped:
-                center.update_center(keep=None if non_finite is None else non_finite > 0)
+                center.update_center(keep=non_finite > 0)
             else:
                 center.reset()
         if stepped:
             self.teacher.follow(self.student, self.plan.momentum_at(step))
-        return non_finite
 
     def begin_run(self) -> None:
-        for center in self._centers():
+        for center in self._centers().values():
             center.train()
             center.reset()
 
@@ -275,16 +290,24 @@ class DINOv2Module(Method):
         return self.options["lr"] * math.sqrt(images / 1024)
 
     def build_optimizer(self, fused: bool) -> torch.optim.Optimizer:
-        rates = {name: self.options[name] for name in ("layerwise_decay", "patch_embed_lr_mult")}
-        depth = len(getattr(self.student.backbone, "blocks", ()))
-        return build_optimizer(self.options["optimizer"], layered_param_groups(self.student, depth=depth, **rates), fused=fused)
+        backbone = self.student.backbone
+        depth = len(backbone.blocks) if isinstance(backbone, VisionTransformer) else None
+        return build_optimizer(self.options["optimizer"], layered_param_groups(self.student, depth), fused=fused)
 
     def set_rates(self, groups: list[dict[str, Any]], step: int) -> None:
-        """A frozen last layer has a rate of 0: its moments move, and its gradient counts in the norm that is clipped."""
-        plan = self.plan
+        """A frozen last layer has a rate of 0: its moments move, and its gradient counts in the norm that is clipped.
+
+        A backbone that was held has a warm-up of its own from then on: its moments are empty, and its features are to be kept.
+        """
+        plan, options = self.plan, self.options
+        held, warmup = plan.steps(options["freeze_backbone_epochs"]), plan.steps(plan.warmup_epochs)
+        ramp = linear_warmup(max(0, step - held), start_value=0.0, final_value=1.0, warmup_epochs=warmup) if held else 1.0
         for group in groups:
-            group["lr"] = group["lr_multiplier"] * (plan.last_layer_lr_at(step) if group["last_layer"] else plan.lr_at(step))
-            group["weight_decay"] = plan.weight_decay_at(step) if group["decayed"] else 0.0
+            place = Layered(*(group[name] for name in Layered._fields))
+            rate = plan.last_layer_lr_at(step) if place.last_layer else plan.lr_at(step)
+            rate *= place.lr_multiplier(options["layerwise_decay"], options["patch_embed_lr_mult"])
+            group["lr"] = rate * ramp if place.backbone else rate
+            group["weight_decay"] = plan.weight_decay_at(step) if place.decayed else 0.0
 
     def flops_per_image(self, views: Sequence[Tensor]) -> int:
         """With as many masked patches as the options say on average."""
@@ -297,11 +320,11 @@ class DINOv2Module(Method):
         return 3 * student + count_flops(self.teacher, lambda: _look(self.teacher, views[:2], rows))
 
     def failure(self, step: int) -> str:
-        norms = "".join(f"norm of a centre {center.center.norm().item():.4g}, " for center in self._centers())
+        norms = "".join(f"norm of {name} {center.center.norm().item():.4g}, " for name, center in self._centers().items())
         return f"teacher temperature {self.plan.teacher_temp_at(step):.4g}, {norms}"
 
-    def _centers(self) -> list[Centering]:
-        return [self.dino_center, self.ibot_center] if self.options["centering"] == "centering" else []
+    def _centers(self) -> dict[str, Centering]:
+        return {name: part for name, part in self.named_children() if isinstance(part, Centering)}
 
     def _targets(self, which: Literal["dino", "ibot"], logits: Tensor | None, temp: float) -> Tensor | None:
         """The teacher's distributions; a centre is as it was before this step."""
@@ -335,13 +358,20 @@ class DINOv2Module(Method):
             some = patch_targets[:_MEASURED]
             chosen = torch.zeros_like(some[0]).index_add_(0, some.argmax(dim=1), torch.full_like(some[:, 0], 1 / len(some)))
             numbers |= {"patch_entropy": _entropy(some), "patch_prototypes": _entropy(chosen[None]).exp()}
-        if self._centers():
-            numbers["patch_center_norm"] = self.ibot_center.center.norm()
-        if self.koleo_loss.distance is not None:
-            numbers["koleo_distance"] = self.koleo_loss.distance
-        return numbers
+        norms = {"dino_center": "center_norm", "ibot_center": "patch_center_norm"}
+        return numbers | {norms[name]: center.center.norm() for name, center in self._centers().items()}
+
+    def _koleo(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """KoLeo of both global views of the student (2·B, D), added up, and the mean distance to the nearest neighbour (NaN without one)."""
+        losses, distances = [], []
+        for view in features.chunk(2):
+            losses.append(self.koleo_loss(view))
+            distances.append(self.koleo_loss.distance)
+        distance = losses[0].new_full((), math.nan) if None in distances else torch.stack(distances).mean()
+        return sum(losses), distance
 
 
+_SHAPE = {"registers": 0, "layer_scale": 1e-5, "ffn": "mlp"}  # what shapes the backbones vit_*, and the defaults
 _MEASURED = 256  # masked patches that the entropy is taken of: all would be one more pass over the widest tensor
 
 
@@ -364,7 +394,7 @@ def _look(network: Network, views: Sequence[Tensor], rows: Tensor | None, masks:
         features, patches = tokens.cls, tokens.patches.flatten(2).transpose(1, 2).flatten(0, 1)  # (2·B·h·w, D)
     logits = network.dino_head(torch.cat([features, network.embed(local)]) if local else features)
     # Not together with the class tokens: joining and parting the widest tensors costs more than a second call of the head.
-    patch_logits = None if rows is None else getattr(network, "ibot_head", network.dino_head)(patches[rows])
+    patch_logits = None if rows is None else getattr(network, "ibot_head", network.dino_head)(patches.index_select(0, rows))
     return _Look(features, logits, patch_logits)
 
 

@@ -58,9 +58,6 @@ def export(
     print(f"{', '.join(sorted(path.name for path in folder.iterdir()))} in {folder}; README.md says how to load it")
 
 
-_NAMES = {"dino": "DINO", "dinov2": "DINOv2"}
-
-
 def _card(checkpoint: str, package: Package, network: str, module: Method) -> str:
     """Architecture, data, recipe, k-NN, command and version, as far as the run's folder tells them."""
     backbone, ours = package.backbone, is_ours(checkpoint)
@@ -76,13 +73,13 @@ def _card(checkpoint: str, package: Package, network: str, module: Method) -> st
     rows = {
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
-        "trained": f"{_NAMES[module.method]} (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
+        "trained": f"{module.title} (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
         **_crops(module),
         **(_history(checkpoint, config) if ours else {}),
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
-    return "\n".join([f"# A backbone trained with {_NAMES[module.method]}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
+    return "\n".join([f"# A backbone trained with {module.title}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
 
 
 def _run_config(checkpoint: str) -> dict[str, Any]:

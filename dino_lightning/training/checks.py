@@ -80,7 +80,7 @@ _WANTED = (  # NaN fits none of the ranges
 
 
 def check_trainer(trainer: Trainer, clip_grad: float) -> None:
-    """Raises ValueError for settings of the Trainer that would train something else than DINO."""
+    """Raises ValueError for settings of the Trainer that would train something else than the method."""
     if trainer.precision in _HALF:
         raise ValueError(
             f"precision={trainer.precision!r} keeps the teacher in half precision, where its moving average stalls: the "

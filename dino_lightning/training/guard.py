@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -16,7 +17,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Watches the count of non-finite losses, equal on all ranks (DINO's comes out of the centre's all-reduce).
+    """Watches the count of non-finite losses, equal on all ranks.
 
     ``check`` comes one step after ``watch``, so that the device never waits; before a checkpoint it comes at once, and does.
     """
@@ -27,14 +28,15 @@ class NonFiniteGuard:
         self._failure = ""
 
     def count(self, loss: Tensor) -> None:
-        """Counts a micro-batch's loss (scalar), if no other all-reduce of the method does."""
+        """Counts a micro-batch's loss (scalar)."""
         bad = (~loss.detach().isfinite()).float()
         self._counted = bad if self._counted is None else self._counted + bad
 
-    def total(self) -> Tensor | None:
-        """The number of non-finite losses counted since it was asked last, over all ranks; None if none was counted."""
+    def total(self, device: torch.device) -> Tensor:
+        """The number of non-finite losses counted since it was asked last, over all ranks: a scalar on the device."""
         total, self._counted = self._counted, None
-        if total is not None and dist.is_available() and dist.is_initialized():
+        total = torch.zeros((), device=device) if total is None else total
+        if dist.is_available() and dist.is_initialized():
             dist.all_reduce(total)
         return total
 

@@ -28,50 +28,63 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 class Layered(NamedTuple):
-    """How DINOv2 treats a parameter: the factor of its learning rate, whether it is decayed, whether a head's last layer has it."""
+    """Where a parameter stands in DINOv2's network: in the ``backbone``, with so many layers ``below`` the output that their decay counts,
+    in the ``patch_embed``, ``decayed`` or not, in a head's ``last_layer``.
+    """
 
-    lr_multiplier: float
+    backbone: bool
+    below: int
+    patch_embed: bool
     decayed: bool
     last_layer: bool
 
+    def lr_multiplier(self, layerwise_decay: float, patch_embed_lr_mult: float) -> float:
+        """The factor of its learning rate, which falls from block to block towards the input."""
+        return layerwise_decay**self.below * (patch_embed_lr_mult if self.patch_embed else 1.0)
 
-def layered(name: str, *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float) -> Layered:
-    """The rules of DINOv2 for a parameter, by its name in a network of ``backbone.*``, a ViT, and heads.
 
-    The rate falls by ``layerwise_decay`` from block to block towards the input; the final norm and the heads have all of it.
-    Chunks before the number of a block (``blocks.CHUNK.N.``) change nothing.
+def layered(name: str, parameter: Tensor, depth: int | None) -> Layered:
+    """The place of a parameter by its name in a network of ``backbone.*`` and heads.
+
+    The final norm and the heads have all of the learning rate. Biases, norms, LayerScale and all that has one dimension are not
+    decayed. Chunks before the number of a block (``blocks.CHUNK.N.``) change nothing.
+
+    Args:
+        name: of the parameter.
+        parameter: its dimensions count.
+        depth: blocks of the backbone if it is a ViT; else all its layers are alike.
 
     Raises:
         ValueError: for a block beyond ``depth``.
     """
-    block = re.match(r"backbone\.blocks\.(?:\d+\.)?(\d+)\.", name)
-    below = 0  # how many layers are between this one and the output
+    block = re.match(r"backbone\.blocks\.(?:\d+\.)?(\d+)\.", name) if depth is not None else None
+    below = 0
     if block:
         below = depth - int(block[1])
         if below < 1:
             raise ValueError(f"{name} is beyond the depth {depth}; give the depth of this network")
-    elif name.startswith(_EMBEDDINGS):
+    elif depth is not None and name.startswith(_EMBEDDINGS):
         below = depth + 1
-    multiplier = layerwise_decay**below * (patch_embed_lr_mult if name.startswith("backbone.patch_embed.") else 1.0)
-    decayed = not (name.endswith(".bias") or "norm" in name or "gamma" in name)
-    return Layered(multiplier, decayed, not name.startswith("backbone.") and ".last_layer." in name)
+    backbone = name.startswith("backbone.")
+    patch_embed = name.startswith("backbone.patch_embed.")
+    decayed = is_decayed(name, parameter) and "norm" not in name and "gamma" not in name
+    return Layered(backbone, below, patch_embed, decayed, not backbone and ".last_layer." in name)
 
 
 _EMBEDDINGS = tuple(f"backbone.{part}" for part in ("patch_embed.", "pos_embed", "cls_token", "register_tokens", "mask_token"))
 
 
-def layered_param_groups(module: nn.Module, *, depth: int, layerwise_decay: float, patch_embed_lr_mult: float) -> list[dict]:
-    """The trainable parameters of ``module`` (``backbone.*``, and heads), those together that ``layered`` treats alike.
+def layered_param_groups(module: nn.Module, depth: int | None) -> list[dict]:
+    """The trainable parameters of ``module`` (``backbone.*``, and heads), those together that stand alike (``layered``).
 
-    Each group has ``params``, and beside them ``lr_multiplier``, ``decayed`` and ``last_layer``, for a schedule to set its learning rate and
-    decay by. The groups are in ascending order of these three.
+    Each group has ``params`` and, for a schedule to set its learning rate and decay by, the fields of its ``Layered``. The groups depend
+    on the network alone, whatever the rates, and are in ascending order of these fields.
     """
     groups: dict[Layered, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            rule = layered(name, depth=depth, layerwise_decay=layerwise_decay, patch_embed_lr_mult=patch_embed_lr_mult)
-            groups.setdefault(rule, []).append(parameter)
-    return [{"params": groups[rule], **rule._asdict()} for rule in sorted(groups)]
+            groups.setdefault(layered(name, parameter, depth), []).append(parameter)
+    return [{"params": groups[place], **place._asdict()} for place in sorted(groups)]
 
 
 def build_optimizer(name: str, groups: list[dict], *, fused: bool) -> torch.optim.Optimizer:

@@ -102,7 +102,8 @@ def check_length(trainer: Trainer, options: Mapping[str, Any]) -> None:
 
 def _warmups(options: Mapping[str, Any]) -> dict[str, int]:
     """The warm-ups that somebody asked for."""
-    return {name: options[name] for name in sorted(WARMUPS & options.keys()) if not isinstance(options[name], Unsaid)}
+    names = sorted((WARMUPS | {"freeze_backbone_epochs"}) & options.keys())
+    return {name: options[name] for name in names if not isinstance(options[name], Unsaid)}
 
 
 def _fitted(name: str, epochs: int, steps_per_epoch: int, total_steps: int) -> float:

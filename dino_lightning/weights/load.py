@@ -105,7 +105,9 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
             f"nothing in {source.name} matches the backbone: it has {_listed(tuple(weights))}, the backbone has {_listed(tuple(own))}"
         )
     if missing:
-        raise ValueError(f"{source.name} is not a whole backbone of this kind: {report}")
+        plain = all(".ls1." in name or ".ls2." in name for name in missing)
+        remedy = ". It has no LayerScale: build the backbone with layer_scale null" if plain else ""
+        raise ValueError(f"{source.name} is not a whole backbone of this kind: {report}{remedy}")
     if any(name.startswith(_WITHIN) for name in unexpected):
         raise ValueError(f"{source.name} is of a network with other parts: {report}. Choose the backbone that it was trained with")
     if source.published and any(not name.startswith(_BESIDE) for name in unexpected):
