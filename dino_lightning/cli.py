@@ -39,6 +39,7 @@ from dino_lightning.door.parser_errors import brief
 from dino_lightning.methods import METHODS, method_class
 from dino_lightning.methods.base import Method
 from dino_lightning.tools import TOOLS
+from dino_lightning.training.checks import check_crops
 from dino_lightning.training.plan import check_epochs
 from dino_lightning.weights.files import read_checkpoint
 
@@ -182,6 +183,9 @@ class DINOCLI(LightningCLI):
     def before_fit(self) -> None:
         """What is wrong is refused before the run has a folder."""
         check_epochs(self.trainer, self.model.options)
+        crops = self.datamodule.multicrop
+        local = {"data.local_crops_size": crops.local_crops_size} if crops.local_crops_number else {}
+        check_crops(self.model.trained.backbone, {"data.global_crops_size": crops.global_crops_size, **local})
         if self._interrupted is not None:
             options = self.config_init[self.subcommand]
             options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)

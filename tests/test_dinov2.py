@@ -256,6 +256,12 @@ def test_a_run_of_the_command_line_goes_on_exactly(run, tmp_path, monkeypatch):
         main(["fit", "--model.koleo_loss_weight", "0.2", "--data.root", str(root / "images")])
 
 
+def test_crops_that_the_patches_do_not_divide_are_refused_before_there_is_a_folder(run, tmp_path):
+    with pytest.raises(ValueError, match="data.local_crops_size=20×20 is no multiple of the backbone's patches of 8 pixels; the nearest is 16×16"):
+        main(["fit", "--config", str(run[0] / "small.yaml"), "--data.local_crops_size", "20", "--trainer.default_root_dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 def test_tools_take_its_checkpoints(run, tmp_path, capsys):
     root, checkpoint = run
     module = load_module(checkpoint)
@@ -277,6 +283,9 @@ def test_tools_take_its_checkpoints(run, tmp_path, capsys):
 def test_a_run_that_begins_with_weights(run, tmp_path, caplog):
     """New heads on its backbone; the doctor says so if what the weights knew is lost."""
     root, checkpoint = run
+    torch.save({"teacher": load_module(checkpoint).teacher.state_dict()}, tmp_path / "teacher_checkpoint.pth")  # as the reference's
+    module = build_module(weights=str(tmp_path / "teacher_checkpoint.pth"), backbone=tiny_vit(registers=2), lr=0.02)
+    assert torch.equal(module.student.backbone.cls_token, load_module(checkpoint).teacher.backbone.cls_token)
     module = build_module(weights=checkpoint, backbone=tiny_vit(registers=2), lr=0.02)
     assert "freeze_backbone_epochs=1" in caplog.text and module.started_from == checkpoint
     for network in (module.student, module.teacher):

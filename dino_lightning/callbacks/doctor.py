@@ -45,7 +45,7 @@ class CollapseDoctor(Callback):
 
     Args:
         stop: end the run at the first verdict on the training (on all ranks, behind the same step).
-        expected_loss: step → training loss of a recipe whose course is known.
+        expected_loss: step → training loss of a recipe whose course is known (of DINOv2, the class tokens' part of it).
     """
 
     def __init__(self, stop: bool = False, expected_loss: Mapping[int, float] | None = None) -> None:

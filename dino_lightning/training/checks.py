@@ -160,6 +160,23 @@ def warn_of_local_batch_norms(trainer: Trainer, student: nn.Module) -> None:
         )
 
 
+def check_crops(backbone: nn.Module, crops: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError for crops that the patches of a ViT do not divide.
+
+    Args:
+        backbone: any; only of a ViT it is known what it takes.
+        crops: their sizes (H, W) in pixels, by the names of the options.
+    """
+    for option, (height, width) in crops.items():
+        patch = backbone.patch_size if isinstance(backbone, VisionTransformer) else 1
+        if height % patch or width % patch:
+            fitting = [max(1, round(side / patch)) * patch for side in (height, width)]
+            raise ValueError(
+                f"{option}={height}×{width} is no multiple of the backbone's patches of {patch} pixels; the nearest is "
+                f"{fitting[0]}×{fitting[1]}"
+            )
+
+
 @torch.no_grad()
 def check_views(views: Sequence[Tensor], backbone: nn.Module, width: int) -> None:
     """Raises ValueError if the backbone cannot take one of the view sizes, or gives another width there."""
