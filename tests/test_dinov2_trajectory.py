@@ -11,6 +11,7 @@ from dinov2_trajectory import LOSSES, SCHEDULES, Golden, build_loader, build_mod
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dino_lightning.methods.dinov2 import DINOv2Plan
+from dino_lightning.training.schedules import cosine_schedule
 
 RUNS = ["dinov2/trajectory_sinkhorn", "dinov2/trajectory_centering"]
 
@@ -104,6 +105,17 @@ def test_schedules(golden, case):
         found = torch.tensor([getattr(plan, f"{name}_at")(step) for step in range(len(expected))], dtype=torch.float64)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
         assert found.tolist() == [plan.values_at(step)[name] for step in range(len(expected))]
+
+
+def test_a_schedule_that_is_frozen_first(golden):
+    g = golden("dinov2/schedules")
+    args = {name: g.item(f"freeze.args.{name}") for name in ("base_value", "final_value", "total_iters", "warmup_iters", "freeze_iters")}
+    shape = {"warmup_steps": args["warmup_iters"], "start_value": g.item("freeze.args.start_warmup_value")}
+    frozen, values = args["freeze_iters"], g["freeze.values"]
+    total = args["total_iters"] - frozen
+    ends = {name: args[name] for name in ("base_value", "final_value")}
+    found = [0.0 if i < frozen else cosine_schedule(i - frozen, total_steps=total, **ends, **shape) for i in range(len(values))]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), values, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("run", [*RUNS, "dinov2/trajectory_two_ranks"])
