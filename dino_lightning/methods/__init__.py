@@ -2,7 +2,8 @@
 
 import importlib
 
-METHODS = {"dino": "DINOModule", "dinov2": "DINOv2Module"}  # name, which is that of its file, and class; nothing is imported before it is asked for
+# Name, which is that of its file, and class. Nothing is imported before it is asked for.
+METHODS = {"dino": "DINOModule", "dinov2": "DINOv2Module"}
 
 
 def home(name: str) -> tuple[str, str]:

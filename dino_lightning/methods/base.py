@@ -79,7 +79,7 @@ class Method(LightningModule):
         check_options(self.options)
         # A subclass's own argument is saved as it came in; that of a command-line run is the class path.
         self.save_hyperparameters(frame=inspect.currentframe().f_back)
-        # What is loaded from a checkpoint has the checkpoint's weights; a default that gives way must not come back as one that was asked for.
+        # What is loaded from a checkpoint has its weights; a default that gives way must not come back as one that was asked for.
         for name in ("weights", "weights_with_head", *(name for name in self._hparams if isinstance(self._hparams[name], Unsaid))):
             self._hparams.pop(name, None)
             self._hparams_initial.pop(name, None)

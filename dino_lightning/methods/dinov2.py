@@ -168,9 +168,11 @@ class DINOv2Module(Method):
         if weights is not None:
             start_from(weights, given)
             if freeze_backbone_epochs == 0:
-                log.warning("the heads are new and the backbone is trained: freeze_backbone_epochs=1 trains them before it, and keeps it")
+                log.warning("the heads are new and the backbone is trained: freeze_backbone_epochs=1 trains them first, and keeps it")
         shape = {"norm_last_layer": norm_last_layer, "nlayers": head_layers}
-        built = {name: DINOHead(self._width, k, hidden_dim=wide, bottleneck_dim=narrow, **shape) for name, (k, wide, narrow) in heads.items()}
+        built = {
+            name: DINOHead(self._width, k, hidden_dim=wide, bottleneck_dim=narrow, **shape) for name, (k, wide, narrow) in heads.items()
+        }
         self.student = Network(given, **built)
         self.teacher = Teacher(self.student)
         self.koleo_loss, self.ibot_loss = KoLeoLoss(), IBOTLoss(student_temp)
@@ -337,7 +339,7 @@ class DINOv2Module(Method):
         return view.shape[-2] // patch_size, view.shape[-1] // patch_size
 
     def _masked(self, view: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The masks (2·B, h·w) on the host, and the places (M,) of masked patches among all on the device, where iBOT asks for them."""
+        """The masks (2·B, h·w) on the host, and the places (M,) of masked patches among all on the device, if iBOT needs them."""
         if getattr(self.student.backbone, "mask_token", None) is None:
             return None, None
         masks = self.draw_masks(2 * len(view), self._grid(view))
@@ -362,7 +364,7 @@ class DINOv2Module(Method):
         return numbers | {norms[name]: center.center.norm() for name, center in self._centers().items()}
 
     def _koleo(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """KoLeo of both global views of the student (2·B, D), added up, and the mean distance to the nearest neighbour (NaN without one)."""
+        """KoLeo of both global views of the student (2·B, D), added up, and the mean distance to the nearest neighbour, else NaN."""
         losses, distances = [], []
         for view in features.chunk(2):
             losses.append(self.koleo_loss(view))

@@ -47,7 +47,7 @@ def export(
     module = load_module(checkpoint, network).cpu()
     trained, shown = getattr(module, network), images_of(module, None, mean, std)
     if with_head and not hasattr(trained, "head"):
-        raise ValueError(f"{checkpoint} is of the method {module.method!r}, whose heads none of the forms has a place for; leave with_head out")
+        raise ValueError(f"{checkpoint} is of {module.title}, whose heads none of the forms has a place for; leave with_head out")
     package = Package(
         backbone=copy.deepcopy(trained.backbone).eval(),
         **shown._replace(size=tuple(image_size or shown.size))._asdict(),
