@@ -36,7 +36,7 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
     weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
     if not any(".backbone." in name for name in weights):
         held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{checkpoint} holds no module of a method, but {held}; expected a checkpoint of dino-lightning fit")
+        raise ValueError(f"{checkpoint} holds no DINOModule, but {held}; expected a checkpoint of dino-lightning fit")
     try:
         module = method_class(saved.get("method", "dino")).load_from_checkpoint(checkpoint, map_location="cpu").eval()
     except RuntimeError as error:
