@@ -34,7 +34,7 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
         return _on_device(_with_backbone(load_backbone(checkpoint, network=network)))
     saved = read_checkpoint(checkpoint)
     weights = saved.get("state_dict", {}) if isinstance(saved, dict) else {}
-    if not any(".backbone." in name for name in weights):
+    if not any(name.split(".")[1:2] == ["backbone"] for name in weights):  # of the teacher, or of the only network
         held = ", ".join(list(saved)[:5]) if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{checkpoint} holds no DINOModule, but {held}; expected a checkpoint of dino-lightning fit")
     try:
