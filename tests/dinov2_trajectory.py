@@ -110,5 +110,5 @@ if __name__ == "__main__":
             devices=2,
             use_distributed_sampler=False,
         )
-        results = {"state": trained.state_dict(), "losses": record.losses, "norms": record.norms}
+        results = {"state": trained.state_dict(), "losses": record.losses, "norms": record.norms, "key": trained.key}
         torch.save(results, f"{out}/{run}{trained.global_rank}.pt")

@@ -77,6 +77,7 @@ def test_two_processes_equal_the_reference_and_one_process(tmp_path):
     golden, ranks = Golden("dinov2/trajectory_two_ranks"), [torch.load(tmp_path / f"golden{i}.pt") for i in (0, 1)]
     both = {name: torch.tensor([rank["losses"][name] for rank in ranks]).double().mean(dim=0) for name in LOSSES}
     assert_same_losses(both, golden)
+    assert [rank["key"][1:] for rank in ranks] == [(8, 2, 0), (8, 2, 1)], "step, micro-batch and rank decide what is drawn"
     for rank in ranks:
         torch.testing.assert_close(torch.tensor(rank["norms"]), golden["grad_norm"].float(), rtol=1e-4, atol=0)
         assert_same_end(rank["state"], golden)

@@ -84,7 +84,7 @@ class VisionTransformer(nn.Module):
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.drop_path_uniform = drop_path_uniform
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        self.grid = _grid(sides[0], sides[-1], patch_size)
+        self.grid = patch_grid(sides[0], sides[-1], patch_size)
         self.patch_embed = _PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
@@ -145,7 +145,7 @@ class VisionTransformer(nn.Module):
         depth = len(self.blocks)
         if not blocks or any(not -depth <= block < depth for block in blocks):
             raise ValueError(f"blocks must be numbers from {-depth} to {depth - 1}, got {tuple(blocks)}")
-        grid = _grid(*x.shape[-2:], self.patch_size)
+        grid = patch_grid(*x.shape[-2:], self.patch_size)
         indices = [block % depth for block in blocks]
         layers = self._last_layers(self._tokens(x, masks), depth - min(indices))
         found = [layers[index - depth] for index in indices]
@@ -155,7 +155,7 @@ class VisionTransformer(nn.Module):
     def set_grid(self, img_size: int | Sequence[int]) -> None:
         """Interpolates the learned positions to the grid of another image size once and for all."""
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        grid = _grid(sides[0], sides[-1], self.patch_size)
+        grid = patch_grid(sides[0], sides[-1], self.patch_size)
         with torch.no_grad():
             self.pos_embed = nn.Parameter(self._positions(*grid).clone(), self.pos_embed.requires_grad)
         self.grid = grid
@@ -171,7 +171,7 @@ class VisionTransformer(nn.Module):
         Its memory grows with the number of patches, not with its square.
         """
         rows = self._last_attention(x, n_queries=1)[:, :, 0, self.prefix_tokens :]
-        return rows.unflatten(-1, _grid(*x.shape[-2:], self.patch_size))
+        return rows.unflatten(-1, patch_grid(*x.shape[-2:], self.patch_size))
 
     def _last_layers(self, x: Tensor, n: int) -> list[Tensor]:
         layers = []
@@ -189,7 +189,7 @@ class VisionTransformer(nn.Module):
 
     def _tokens(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """(B, C, H, W) → (B, T, D) with positions added: class token, registers, h·w patches."""
-        grid = _grid(*x.shape[-2:], self.patch_size)
+        grid = patch_grid(*x.shape[-2:], self.patch_size)
         batch = x.shape[0]  # not len(x), which torch.export would take for a constant
         patches = self.patch_embed(x) if masks is None else self._masked(self.patch_embed(x), masks)
         x = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1)
@@ -237,7 +237,12 @@ class _PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
-def _grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """(h, w) patches of an image of this size in pixels.
+
+    Raises:
+        ValueError: if the patches do not divide it, with the nearest size that they do.
+    """
     if height % patch_size or width % patch_size or not height or not width:
         near = tuple(max(1, round(side / patch_size)) * patch_size for side in (height, width))
         raise ValueError(

@@ -34,7 +34,7 @@ _OF_PATCHES = ("patch_entropy", "patch_prototypes", "koleo_distance", "masked")
 class CollapseDoctor(Callback):
     """Watches the teacher for the ways in which DINO fails, and says once what is wrong and what helps.
 
-    A falling loss can be collapse, so it looks at the features and prototypes. It logs ``train/center_norm``;
+    A falling loss can be collapse, so it looks at the features and prototypes. It logs
     ``train/feature_std`` and ``train/feature_rank`` of the teacher's features (1 and their width when they spread into all
     directions, 0 and 1 when they are dead); ``train/view_agreement`` (1: both global views of an image look the same to the
     teacher); and ``train/prototypes_used``, the share that was anyone's strongest within the last 20 batches. Nothing waits for
@@ -98,8 +98,6 @@ class CollapseDoctor(Callback):
             self._close(trainer, pl_module.device)
         names = ("train/feature_std", "train/feature_rank", "train/view_agreement")
         pl_module.log_dict(dict(zip(names, spread)))
-        if center is not None:
-            pl_module.log("train/center_norm", center.norm())
         if self._share_used is not None:
             pl_module.log("train/prototypes_used", self._share_used)
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_lightning.training.late import sent
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -156,9 +158,7 @@ def _step(operation: Callable[[Tensor, Tensor], None], wanted: np.ndarray, numbe
 def _ship(arrays: Sequence[np.ndarray], dtype: type, device: torch.device) -> list[Tensor]:
     """Move all arrays to the device in one copy; each comes back with its own shape."""
     flat = torch.from_numpy(np.concatenate([np.ravel(array) for array in arrays]).astype(dtype))
-    if device.type == "cuda":
-        flat = flat.pin_memory()  # else the driver may wait for the stream before it stages the copy
-    pieces = flat.to(device, non_blocking=True).split([array.size for array in arrays])
+    pieces = sent(flat, device).split([array.size for array in arrays])
     return [piece.view(array.shape) for piece, array in zip(pieces, arrays)]
 
 

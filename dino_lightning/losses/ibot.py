@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from dino_lightning.losses.cross_entropy import cross_entropy
-from dino_lightning.losses.transfer import sent
 
 
 class IBOTLoss(nn.Module):
@@ -25,8 +24,8 @@ class IBOTLoss(nn.Module):
         Args:
             student: (M, K) logits, in the order of ``masks.flatten().nonzero()``.
             targets: (M, K), the teacher's distributions at the same patches.
-            masks: (2·B, h·w) bool, true where a patch of a global crop is masked. Best on the host, where they are drawn: nothing
-                is read back from a device, so there their number cannot be compared with M.
+            masks: (2·B, h·w) bool, true where a patch of a global crop is masked. On the device of the logits nothing waits; on the
+                host their number is compared with M.
 
         Raises:
             ValueError: if the shapes do not fit together.
@@ -41,6 +40,6 @@ class IBOTLoss(nn.Module):
         if counts.device.type == "cpu" and counts.sum() != rows:
             raise ValueError(f"expected one row for each of {counts.sum()} masked patches, got {rows}")
         losses = cross_entropy(student, targets, self.student_temp)
-        counts = sent(counts, losses.device)
+        counts = counts.to(losses.device)
         weights = counts.to(losses.dtype).reciprocal().repeat_interleave(counts, output_size=rows)
         return (losses * weights).sum() / len(masks)

@@ -159,7 +159,8 @@ class DINOModule(Method):
         self.observed = Observed(features, teacher_logits, self.loss.center)
         entropy = self.loss.teacher_entropy
         kl = loss.detach() - entropy
-        self.log_dict({"train/loss": loss.detach(), "train/teacher_entropy": entropy, "train/kl": kl})
+        numbers = {"loss": loss.detach(), "teacher_entropy": entropy, "kl": kl, "center_norm": self.loss.center.norm()}
+        self.log_dict({f"train/{name}": value for name, value in numbers.items()})
         return {"loss": loss, "teacher_entropy": entropy, "kl": kl}
 
     def flops_per_image(self, views: Sequence[Tensor]) -> int:

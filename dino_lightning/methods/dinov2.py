@@ -1,5 +1,6 @@
 """DINOv2Module: DINO's loss on class tokens, iBOT's on masked patches and KoLeo (Oquab et al. 2023, section 4), step by step."""
 
+import inspect
 import logging
 import math
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.head import DINOHead
+from dino_lightning.backbones.vit import patch_grid
 from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, sinkhorn_knopp
-from dino_lightning.losses.transfer import sent
 from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
+from dino_lightning.training.late import sent
 from dino_lightning.training.optim import Layered, build_optimizer, clip_together_, layered_param_groups
 from dino_lightning.training.plan import Plan, Unsaid
 from dino_lightning.training.randomness import generator, seeded
@@ -189,9 +191,10 @@ class DINOv2Module(Method):
         if isinstance(given, str) and given.startswith(("vit_", "dinov2_")):
             more = {"mask_token": True, "drop_path_uniform": True}
         shape = {name: options[name] for name in _SHAPE}
+        defaults = inspect.signature(DINOv2Module.__init__).parameters
         if isinstance(given, str) and given.startswith("vit_"):
             more |= shape
-        elif isinstance(given, str) and shape != _SHAPE:
+        elif isinstance(given, str) and any(value != defaults[name].default for name, value in shape.items()):
             raise ValueError(f"{', '.join(_SHAPE)} shape the backbones vit_*; {given} brings its own, so leave them out (got {shape})")
         backbone = self.build_backbone(given, used=["mask_token"], **more)
         maskable = isinstance(backbone, VisionTransformer) and backbone.mask_token is not None
@@ -246,7 +249,8 @@ class DINOv2Module(Method):
             student = _look(self.student, views, rows, masks)
 
         dino_global, dino_local = dino_terms(student.logits, targets, options["student_temp"])
-        loss = options["dino_loss_weight"] * (dino_global + dino_local)
+        dino_loss = dino_global + dino_local
+        loss = options["dino_loss_weight"] * dino_loss
         parts = {"dino_global_loss": dino_global, "dino_local_loss": dino_local}
         if rows is not None:
             parts["ibot_loss"] = self.ibot_loss(student.patch_logits, patch_targets, masks)
@@ -256,7 +260,7 @@ class DINOv2Module(Method):
             loss = loss + options["koleo_loss_weight"] * parts["koleo_loss"]
 
         self.observed = Observed(features, targets)
-        numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, masks, dino_global + dino_local)}
+        numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, masks, dino_loss)}
         numbers = {name: value.detach() for name, value in numbers.items()}
         self.log_dict({f"train/{name}": value for name, value in numbers.items()})
         return {**numbers, "loss": loss}
@@ -315,7 +319,7 @@ class DINOv2Module(Method):
         """With as many masked patches as the options say on average."""
         rows = None
         if self.options["ibot_loss_weight"] > 0:
-            patches = math.prod(self._grid(views[0]))
+            patches = math.prod(patch_grid(*views[0].shape[-2:], self.student.backbone.patch_size))
             masked = 2 * patches * self.options["mask_probability"] * sum(self.options["mask_ratio"]) / 2
             rows = torch.arange(round(masked), device=self.device)
         student = count_flops(self.student, lambda: _look(self.student, views, rows))
@@ -334,18 +338,14 @@ class DINOv2Module(Method):
             return None if logits is None else sinkhorn_knopp(logits, temp)
         return getattr(self, f"{which}_center")(logits, temp)
 
-    def _grid(self, view: Tensor) -> tuple[int, int]:
-        patch_size = self.student.backbone.patch_size
-        return view.shape[-2] // patch_size, view.shape[-1] // patch_size
-
     def _masked(self, view: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The masks (2·B, h·w) on the host, and the places (M,) of masked patches among all on the device, if iBOT needs them."""
-        if getattr(self.student.backbone, "mask_token", None) is None:
+        """The masks (2·B, h·w), and the places (M,) of masked patches among all if iBOT needs them, on the device."""
+        backbone = self.student.backbone
+        if getattr(backbone, "mask_token", None) is None:
             return None, None
-        masks = self.draw_masks(2 * len(view), self._grid(view))
-        if self.options["ibot_loss_weight"] == 0:
-            return masks, None
-        return masks, sent(masks.flatten().nonzero().squeeze(1), view.device)
+        masks = self.draw_masks(2 * len(view), patch_grid(*view.shape[-2:], backbone.patch_size))
+        rows = masks.flatten().nonzero().squeeze(1) if self.options["ibot_loss_weight"] > 0 else None
+        return sent(masks, view.device), rows if rows is None else sent(rows, view.device)
 
     @torch.no_grad()
     def _measure(
@@ -373,7 +373,7 @@ class DINOv2Module(Method):
         return sum(losses), distance
 
 
-_SHAPE = {"registers": 0, "layer_scale": 1e-5, "ffn": "mlp"}  # what shapes the backbones vit_*, and the defaults
+_SHAPE = ("registers", "layer_scale", "ffn")  # options that shape the backbones vit_*
 _MEASURED = 256  # masked patches that the entropy is taken of: all would be one more pass over the widest tensor
 
 
@@ -391,7 +391,6 @@ def _look(network: Network, views: Sequence[Tensor], rows: Tensor | None, masks:
     if rows is None and masks is None:
         features, patches = network.backbone(crops), None
     else:
-        masks = masks if masks is None else sent(masks, crops.device)
         tokens = network.backbone.forward_features(crops, masks=masks)[0]
         features, patches = tokens.cls, tokens.patches.flatten(2).transpose(1, 2).flatten(0, 1)  # (2·B·h·w, D)
     logits = network.dino_head(torch.cat([features, network.embed(local)]) if local else features)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lightning.backbones import VisionTransformer, features_at
+from dino_lightning.backbones.vit import patch_grid
 
 log = logging.getLogger(__name__)
 
@@ -167,14 +168,11 @@ def check_crops(backbone: nn.Module, crops: Mapping[str, tuple[int, int]]) -> No
         backbone: any; only of a ViT it is known what it takes.
         crops: their sizes (H, W) in pixels, by the names of the options.
     """
-    for option, (height, width) in crops.items():
-        patch = backbone.patch_size if isinstance(backbone, VisionTransformer) else 1
-        if height % patch or width % patch:
-            fitting = [max(1, round(side / patch)) * patch for side in (height, width)]
-            raise ValueError(
-                f"{option}={height}×{width} is no multiple of the backbone's patches of {patch} pixels; the nearest is "
-                f"{fitting[0]}×{fitting[1]}"
-            )
+    for option, size in crops.items():
+        try:
+            patch_grid(*size, backbone.patch_size if isinstance(backbone, VisionTransformer) else 1)
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from error
 
 
 @torch.no_grad()

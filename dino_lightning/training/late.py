@@ -1,7 +1,14 @@
-"""Numbers that the device makes and the host reads later, so that neither waits for the other."""
+"""What goes from the host to the device and back, so that neither waits for the other."""
 
 import torch
 from torch import Tensor
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. To a GPU from pinned memory: a copy from other memory waits for all that is under way."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 class LateReading:
