@@ -47,13 +47,14 @@ def fit(module, loader=None, ckpt_path=None, **options):
 
 
 class States(Callback):
-    """The losses, and the state before every step."""
+    """The losses, and the state before every step, and whether a centre then still holds logits of the step before."""
 
     def __init__(self):
-        self.losses, self.states = [], []
+        self.losses, self.states, self.left = [], [], []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.states.append({key: value.clone() for key, value in module.state_dict().items()})
+        self.left += [center._pending is not None for center in module._centers().values()]
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(outputs["loss"].item())
@@ -81,7 +82,7 @@ def test_half_precision(centering):
     trainer = fit(build_module(lr=0.05, centering=centering), plugins=[plugin], callbacks=[watch], max_epochs=12)
     moved = watch.moved()
     first = moved.index(True)
-    assert first > 1 and not any(moved[:first]) and sum(moved[first:]) > 5
+    assert first > 1 and not any(moved[:first]) and sum(moved[first:]) > 5 and not any(watch.left)
     assert trainer.callback_metrics["train/skipped_steps"] == moved.count(False)
     assert all(p.isfinite().all() for p in trainer.lightning_module.parameters())
 
