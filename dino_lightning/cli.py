@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning import continuation, recipes
 from dino_lightning.callbacks import (
@@ -104,6 +105,7 @@ class DINOCLI(LightningCLI):
             path = continuation.find_last(
                 [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
             )
+            rank_zero_info("--ckpt_path last: going on from %s", path)
         if path and Path(path).is_file():
             saved = read_checkpoint(path)
             method = saved.get("method", "dino")

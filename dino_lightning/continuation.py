@@ -7,7 +7,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.callbacks.run_config import RunConfig
 
@@ -30,9 +29,7 @@ def find_last(folders: Sequence[str | os.PathLike[str]]) -> str:
             f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
             "set trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
-    newest = str(max(found, key=lambda path: path.stat().st_mtime))
-    rank_zero_info("--ckpt_path last: going on from %s", newest)
-    return newest
+    return str(max(found, key=lambda path: path.stat().st_mtime))
 
 
 def agree(path: str, trainer: Trainer) -> str:

@@ -19,6 +19,7 @@ from dino_lightning.cli import DINOCLI, main
 from dino_lightning.door import commands, errors, faces
 from dino_lightning.door.entrance import enter
 from dino_lightning.door.errors import UsageError
+from dino_lightning.methods import METHODS
 from dino_lightning.tools import TOOLS
 from dino_lightning.training.guard import NonFiniteLossError
 
@@ -101,7 +102,7 @@ def test_version_is_quick():
 
 
 def test_the_door_knows_the_tools_as_they_are():
-    assert list(faces.tools()) == sorted(TOOLS)
+    assert list(faces.tools()) == sorted(TOOLS) and list(faces.METHOD_LINES) == list(METHODS)
     for name, tool in TOOLS.items():
         stub = faces.tools()[name]
         assert inspect.signature(stub).parameters == inspect.signature(tool).parameters and stub.__doc__ == tool.__doc__

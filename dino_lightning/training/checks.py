@@ -69,7 +69,7 @@ _WANTED = (  # NaN fits none of the ranges
     ((*_NOT_NEGATIVE, *_POSITIVE, *_SHARES, "drop_path_rate"), _is_number, "be a number"),
     (_SWITCHES, lambda value: isinstance(value, bool), "be true or false"),
     (("img_size",), _is_size, "be pixels, an integer or (height, width)"),
-    *(((name,), words.__contains__, f"be {' or '.join(map(repr, words))}") for name, words in _WORDS.items()),
+    *(((name,), words.__contains__, f"be {', '.join(map(repr, words[:-1]))} or {words[-1]!r}") for name, words in _WORDS.items()),
     (_AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
     ((*_COUNTS, *_NOT_NEGATIVE), lambda value: value >= 0, "not be negative"),
     (_POSITIVE, lambda value: value > 0, "be positive"),
