@@ -5,9 +5,10 @@ import sys
 
 import torch
 from conftest import Golden
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
+from trajectory import replay
 
 from dino_lightning import DINOv2Module, VisionTransformer
 
@@ -83,17 +84,9 @@ def build_loader(golden: Golden, batch_size: int, rank: int = 0) -> DataLoader:
     return DataLoader(samples, batch_size=batch_size)
 
 
-def train(golden: Golden, loader: DataLoader, ckpt_path=None, callbacks=(), module=None, **options) -> tuple[GoldenMasks, Recorder]:
+def train(golden: Golden, loader: DataLoader, module=None, **options) -> tuple[GoldenMasks, Recorder]:
     module, recorder = module or build_module(golden), Recorder()
-    trainer = Trainer(
-        callbacks=[recorder, *callbacks],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=len(callbacks) > 0,
-        **{"max_epochs": golden.item("config.epochs"), "accelerator": "cpu", "devices": 1, **options},
-    )
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    replay(golden, module, recorder, loader, **options)
     return module, recorder
 
 

@@ -55,20 +55,22 @@ def build_loader(golden: Golden, batch_size: int, rank: int = 0, world: int = 1)
     return DataLoader(samples, batch_size=batch_size)
 
 
-def train(golden: Golden, loader: DataLoader, ckpt_path=None, **options) -> tuple[DINOModule, Recorder]:
+def train(golden: Golden, loader: DataLoader, **options) -> tuple[DINOModule, Recorder]:
     module, recorder = build_module(golden), Recorder()
-    options = {"max_epochs": golden.item("config.epochs"), "accelerator": "cpu", "devices": 1, **options}
-    callbacks = [recorder, *options.pop("callbacks", [])]
+    replay(golden, module, recorder, loader, **options)
+    return module, recorder
+
+
+def replay(golden: Golden, module, recorder: Callback, loader: DataLoader, ckpt_path=None, callbacks=(), **options) -> None:
     trainer = Trainer(
-        callbacks=callbacks,
+        callbacks=[recorder, *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=len(callbacks) > 1,
-        **options,
+        enable_checkpointing=len(callbacks) > 0,
+        **{"max_epochs": golden.item("config.epochs"), "accelerator": "cpu", "devices": 1, **options},
     )
     trainer.fit(module, loader, ckpt_path=ckpt_path)
-    return module, recorder
 
 
 if __name__ == "__main__":
