@@ -146,7 +146,7 @@ def test_uniform_drop_path_drops_in_every_block_by_torchs_generator():
     assert torch.equal(first, again) and not torch.equal(first, block(x)), "a function of the seed"
     assert set(branches) == {6}, "the branch is computed for the kept samples only"
     unchanged = (first == x).flatten(1).all(dim=1)
-    expected = (x + 10 / 6 * block._attention_branch(x))[~unchanged]
+    expected = (x + 10 / 6 * block.ls1(block.attn(block.norm1(x))))[~unchanged]
     assert unchanged.sum() == 4
     torch.testing.assert_close(first[~unchanged], expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -158,9 +158,13 @@ def test_drop_path_of_each_sample_by_itself_does_not_compute_what_it_drops():
     """DINO's law: independent draws, and the factor 1 / (1 - rate)."""
     block = small_vit(drop_path_rate=0.4).blocks[1].train()
     x = torch.randn(4000, 2, 24)
+
+    def mlp_branch(x):
+        return block.mlp(block.norm2(x))
+
     with seeded(torch.device("cpu"), 0), torch.no_grad():
-        change = block._with_branch(x, block._mlp_branch) - x
-        expected = block._mlp_branch(x) / 0.6
+        change = block._with_branch(x, mlp_branch) - x
+        expected = mlp_branch(x) / 0.6
     kept = change.flatten(1).any(dim=1)
     assert abs(kept.sum().item() - 2400) < 5 * math.sqrt(4000 * 0.4 * 0.6)
     torch.testing.assert_close(change[kept], expected[kept], rtol=1e-4, atol=1e-5)

@@ -33,32 +33,28 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim)
         self.drop_path, self.drop_path_by_subset = drop_path, drop_path_by_subset
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
-        x = self._with_branch(x, self._attention_branch)
-        return self._with_branch(x, self._mlp_branch)
+    def forward(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
+        """(B, T, D) → the first ``n_tokens`` tokens, or all (B, T, D). Less is computed for fewer, with the same numbers."""
+        x = self._with_branch(x, lambda x: self.ls1(self.attn(self.norm1(x), n_tokens)), n_tokens)
+        return self._with_branch(x, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
     def attention(self, x: Tensor, n_queries: int | None) -> Tensor:
         """(B, T, D) → this block's attention of the first ``n_queries`` tokens, or of all (B, heads, n_queries, T)."""
         return self.attn.attention(self.norm1(x), n_queries)
 
-    def _attention_branch(self, x: Tensor) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x)))
-
-    def _mlp_branch(self, x: Tensor) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
-
-    def _with_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def _with_branch(self, x: Tensor, branch: Callable[[Tensor], Tensor], n_tokens: int | None = None) -> Tensor:
+        """The first ``n_tokens`` of x, or all, with what the branch, which sees all of x, gives for them added."""
+        first = x[:, :n_tokens]
         if self.drop_path == 0 or not self.training:
-            return x + branch(x)
+            return first + branch(x)
         if self.drop_path_by_subset:
             count, factor = drop_path_subset(len(x), self.drop_path)
             kept = drawn_samples(len(x), count, x.device)
         elif x.device.type == "cpu":  # whose draw is known before the branch, which then need not be computed for what is dropped
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
-            return x + self._drop(branch(x))
-        return x.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
+            return first + self._drop(branch(x))
+        return first.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
 
     def _drop(self, branch: Tensor) -> Tensor:
         keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
@@ -83,9 +79,10 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) → (B, T, D)."""
+    def forward(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
+        """(B, T, D) → what the first ``n_tokens`` tokens, or all, gather from all (B, n_tokens, D)."""
         q, k, v = self._heads(x)
+        q = q[:, :, :n_tokens]
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
             x = _softmax_scores(q, k) @ v  # the backward pass of torch's fused attention is slow in bfloat16 on a CPU
         else:

@@ -96,7 +96,7 @@ class VisionTransformer(nn.Module):
             Block(embed_dim, num_heads, FFNS[ffn](embed_dim, hidden_dim), rate, layer_scale, norm_eps, drop_path_uniform)
             for rate in rates
         ]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = _Blocks(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.reset_parameters()
 
@@ -123,16 +123,14 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) → the class token after the final norm (B, D)."""
-        x = self._tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, 0])
+        # The class token is all that leaves the last block: three quarters of its work, the other tokens', is left out.
+        return self.norm(self.blocks(self._tokens(x), n_tokens=1)[-1][:, 0])
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """All tokens of the last ``n`` blocks, oldest first, each after the final norm: n tensors (B, T, D)."""
         if not 1 <= n <= len(self.blocks):
             raise ValueError(f"n must lie between 1 and the depth {len(self.blocks)}, got {n}")
-        return self._last_layers(self._tokens(x), n)
+        return [self.norm(tokens) for tokens in self.blocks(self._tokens(x), n)]
 
     def forward_features(self, x: Tensor, blocks: Sequence[int] = (-1,), masks: Tensor | None = None) -> list[Tokens]:
         """Images (B, C, H, W) → the tokens of ``blocks``, numbered as in Python: (-1,) is the last alone.
@@ -147,8 +145,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"blocks must be numbers from {-depth} to {depth - 1}, got {tuple(blocks)}")
         grid = patch_grid(*x.shape[-2:], self.patch_size)
         indices = [block % depth for block in blocks]
-        layers = self._last_layers(self._tokens(x, masks), depth - min(indices))
-        found = [layers[index - depth] for index in indices]
+        layers = self.blocks(self._tokens(x, masks), depth - min(indices))
+        found = [self.norm(layers[index - depth]) for index in indices]
         patches = [tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(-1, grid) for tokens in found]
         return [Tokens(tokens[:, 0], places, tokens[:, 1 : self.prefix_tokens]) for tokens, places in zip(found, patches)]
 
@@ -172,14 +170,6 @@ class VisionTransformer(nn.Module):
         """
         rows = self._last_attention(x, n_queries=1)[:, :, 0, self.prefix_tokens :]
         return rows.unflatten(-1, patch_grid(*x.shape[-2:], self.patch_size))
-
-    def _last_layers(self, x: Tensor, n: int) -> list[Tensor]:
-        layers = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i >= len(self.blocks) - n:
-                layers.append(self.norm(x))
-        return layers
 
     def _last_attention(self, x: Tensor, n_queries: int | None) -> Tensor:
         x = self._tokens(x)
@@ -225,6 +215,19 @@ def interpolate_positions(
     size = {"scale_factor": scale} if offset else {"size": target}
     patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **size)
     return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class _Blocks(nn.ModuleList):
+    """The transformer's blocks, one after the other."""
+
+    def forward(self, x: Tensor, n: int = 1, n_tokens: int | None = None) -> list[Tensor]:
+        """(B, T, D) → what the last ``n`` blocks give, oldest first; the last one only for the first ``n_tokens``, or for all."""
+        layers = []
+        for i, block in enumerate(self, start=1):
+            x = block(x, n_tokens if i == len(self) else None)
+            if i > len(self) - n:
+                layers.append(x)
+        return layers
 
 
 class _PatchEmbed(nn.Module):
