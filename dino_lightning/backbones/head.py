@@ -1,29 +1,10 @@
 """The projection head: an MLP, an L2-normalised bottleneck, weight-normalised prototypes (paper, section 3.1, appendix C)."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-class Prototypes(nn.Module):
-    """Linear layer without bias whose rows are directions times gains: ``weight = g · v / ‖v‖``.
-
-    A module of ours, because torch's weight-norm utilities either forbid deep copies or rename the keys; here
-    ``weight_g`` (K, 1) and ``weight_v`` (K, D) are plain parameters, as in the reference's checkpoints.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int) -> None:
-        super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_dim, 1))
-        self.weight_v = nn.Parameter(torch.empty(out_dim, in_dim))
-        nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # the default of nn.Linear: uniform within 1/sqrt(in_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, D) → (N, K)."""
-        # Fused: normalising the (65536, 256) matrix through autograd takes more than twice as long.
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, 0))
+from dino_lightning.backbones.prototypes import Prototypes
 
 
 class DINOHead(nn.Module):
