@@ -50,7 +50,7 @@ class Block(nn.Module):
         if self.drop_path_by_subset:
             count, factor = drop_path_subset(len(x), self.drop_path)
             kept = drawn_samples(len(x), count, x.device)
-        elif x.device.type == "cpu":  # whose draw is known before the branch, which then need not be computed for what is dropped
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():  # whose draw is known before the branch, which then need not be computed for what is dropped
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
             return first + self._drop(branch(x))
@@ -96,7 +96,8 @@ class _Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v (B, heads, T, D / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # (B, T, heads, D / heads); one copy in the backward pass
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class _Mlp(nn.Module):

@@ -6,13 +6,13 @@ beyond that (Oquab et al. 2023, Darcet et al. 2023) are options: LayerScale, Swi
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dino_lightning.backbones.block import FFNS, Block, LayerScale
+from dino_lightning.backbones.positions import interpolate_positions
 
 # name → width, depth, heads (MLP ratio 4)
 VIT_SIZES = {
@@ -121,6 +121,10 @@ class VisionTransformer(nn.Module):
         """How many tokens stand before those of the patches: the class token and the registers."""
         return 1 if self.register_tokens is None else 1 + self.register_tokens.shape[1]
 
+    def compile(self, **options: Any) -> None:
+        """Compiles the blocks in place, whatever is asked of them; options of ``torch.compile``."""
+        self.blocks.compile(**options)
+
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) → the class token after the final norm (B, D)."""
         # The class token is all that leaves the last block: three quarters of its work, the other tokens', is left out.
@@ -203,18 +207,6 @@ class VisionTransformer(nn.Module):
         if (h, w) == self.grid:
             return self.pos_embed
         return interpolate_positions(self.pos_embed, self.grid, (h, w), self.position_offset, self.position_antialias)
-
-
-def interpolate_positions(
-    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool
-) -> Tensor:
-    """Positions (1, 1 + h·w, D) of a grid (h, w) and of the class token, which stays, for another grid."""
-    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
-    # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
-    scale = ((target[0] + offset) / grid[0], (target[1] + offset) / grid[1])
-    size = {"scale_factor": scale} if offset else {"size": target}
-    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **size)
-    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
 class _Blocks(nn.ModuleList):

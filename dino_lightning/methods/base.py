@@ -132,6 +132,11 @@ class Method(LightningModule):
         """The network whose backbone is evaluated and handed on: the teacher where there is one."""
         return self.trained
 
+    def compile(self, **options: Any) -> None:
+        """Compiles the backbones of the method's networks in place (``Network.compile``); options of ``torch.compile``."""
+        for network in {self.trained, self.evaluated}:
+            network.compile(**options)
+
     def learning_rate(self, images: int) -> float:
         """``lr`` for this many images a step."""
         return self.options["lr"] * images / 256
@@ -277,6 +282,8 @@ class Method(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
+            if self.options["compile"]:
+                self.compile()
             self._finds_batch_size = finds_batch_size(self.trainer)
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -80,6 +80,7 @@ class DINOModule(Method):
         clip_grad: largest L2 norm of the gradient of each parameter tensor; 0 is off. The Trainer's gradient_clip_val is
             another norm (of all gradients together), and both at once are an error.
         freeze_last_layer: epochs at the start in which the prototypes stay as they are.
+        compile: compile the backbones (torch.compile), which takes minutes at the start and makes the steps faster on a GPU.
         weights: start from the trained backbone of this source instead of from noise, in student and teacher: a file, a
             folder or a published name, as ``load_backbone`` takes them. Its shape must be that of ``backbone``; positions are
             interpolated to ``img_size``. Checkpoints do not need the source any more.
@@ -116,6 +117,7 @@ class DINOModule(Method):
         weight_decay_end: float = 0.4,
         clip_grad: float = 3.0,
         freeze_last_layer: int = 1,
+        compile: bool = False,
         weights: str | None = None,
         weights_with_head: bool = False,
     ) -> None:

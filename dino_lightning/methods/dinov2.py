@@ -108,6 +108,7 @@ class DINOv2Module(Method):
         freeze_last_layer: epochs at the start in which the prototypes stay as they are: their learning rate is 0.
         freeze_backbone_epochs: epochs at the start in which the backbone stays as it is and the heads learn: for a run that starts
             from ``weights``, whose features untrained heads would ruin.
+        compile: compile the backbones (torch.compile), which takes minutes at the start and makes the steps faster on a GPU.
         weights: start from the trained backbone of this source, in student and teacher, as ``DINOModule`` does; heads are new, since
             none were published.
     """
@@ -157,6 +158,7 @@ class DINOv2Module(Method):
         clip_grad: float = 3.0,
         freeze_last_layer: int = 1,
         freeze_backbone_epochs: int = 0,
+        compile: bool = False,
         weights: str | None = None,
     ) -> None:
         given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only

@@ -44,6 +44,15 @@ class Network(nn.Module):
         for name, part in {**({"head": head} if head is not None else {}), **heads}.items():
             self.add_module(name, part)
 
+    def compile(self, *, dynamic: bool | None = False, **options: Any) -> None:
+        """Compiles the backbone in place, where nearly all kernels are launched; ``state_dict`` keys stay. Evaluation is not compiled.
+
+        Args:
+            dynamic: whether one compiled form is to serve several shapes. Views come in two sizes only: each has its own.
+            options: others of ``torch.compile``.
+        """
+        self.backbone.compile(dynamic=dynamic, **options)
+
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """V views (B, C, H, W), of any sizes in any order → logits (V·B, K), views-major; the head is called once on everything."""
         return self.head(self.embed(views))
@@ -66,7 +75,8 @@ class Network(nn.Module):
         for norm in modes:
             norm.training = False
         try:
-            return self.backbone(images)
+            with torch.compiler.set_stance("force_eager"):  # its batches have other shapes, each of which would be compiled
+                return self.backbone(images)
         finally:
             for norm, training in modes.items():
                 norm.training = training

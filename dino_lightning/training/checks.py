@@ -62,7 +62,7 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp", "layerwise_decay")
 _SHARES = ("momentum_teacher", "center_momentum", "mask_probability")
-_SWITCHES = ("use_bn_in_head", "norm_last_layer", "ibot_separate_head")
+_SWITCHES = ("use_bn_in_head", "compile", "norm_last_layer", "ibot_separate_head")
 _WORDS = {"optimizer": ("adamw", "sgd", "lars"), "centering": ("centering", "sinkhorn_knopp"), "ffn": ("mlp", "swiglu")}
 _WANTED = (  # NaN fits none of the ranges
     ((*_AT_LEAST_ONE, *_COUNTS), _is_integer, "be an integer"),
@@ -86,6 +86,11 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         raise ValueError(
             f"precision={trainer.precision!r} keeps the teacher in half precision, where its moving average stalls: the "
             "updates are smaller than the rounding. Use 'bf16-mixed', '16-mixed' or '32-true'"
+        )
+    if trainer.lightning_module._compiler_ctx is not None:
+        raise ValueError(
+            "torch.compile(module) would compile the training step anew at every step, since its schedules read the global step; pass "
+            "the module itself, built with compile=True (or call module.compile(), with options of torch.compile)"
         )
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.backbones.vit import interpolate_positions
+from dino_lightning.backbones.positions import interpolate_positions
 from dino_lightning.weights.networks import facts_of, network_for, vit_arguments
 from dino_lightning.weights.source import Source, open_source
 

@@ -1,0 +1,46 @@
+"""Learned positions at the grid of another image size."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def interpolate_positions(
+    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool
+) -> Tensor:
+    """Positions (1, 1 + h·w, D) of a grid (h, w) and of the class token, which stays, for another grid; bicubic."""
+    # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
+    scale = tuple((to + offset) / side for to, side in zip(target, grid)) if offset else None
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)  # (1, D, h, w)
+    patches = _Bicubic.apply(patches, target, scale, antialias)
+    return torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+class _Bicubic(torch.autograd.Function):
+    """torch's interpolation, with a gradient of matrix products: CUDA's adds up in an order that differs from run to run."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, target: tuple[int, int], scale: tuple[float, float] | None, antialias: bool) -> Tensor:
+        ctx.shape, ctx.target, ctx.scale, ctx.antialias = images.shape, target, scale, antialias
+        return _bicubic(images, target, scale, antialias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        # Linear along each axis: the matrix (n', n) is what it makes of the n unit vectors.
+        rows, columns = (
+            _bicubic(
+                torch.eye(side, dtype=gradient.dtype, device=gradient.device)[None, None],
+                (to, side),
+                None if ctx.scale is None else (ctx.scale[axis], 1.0),
+                ctx.antialias,
+            )[0, 0]
+            for axis, (side, to) in enumerate(zip(ctx.shape[2:], ctx.target))
+        )
+        return rows.t() @ gradient @ columns, None, None, None
+
+
+def _bicubic(images: Tensor, target: tuple[int, int], scale: tuple[float, float] | None, antialias: bool) -> Tensor:
+    size = {"size": target} if scale is None else {"scale_factor": scale}
+    return F.interpolate(images, mode="bicubic", antialias=antialias, **size)
