@@ -96,10 +96,8 @@ class CollapseDoctor(Callback):
         self._batches += 1
         if self._batches == _WINDOW:
             self._close(trainer, pl_module.device)
-        names = ("train/feature_std", "train/feature_rank", "train/view_agreement")
-        pl_module.log_dict(dict(zip(names, spread)))
-        if self._share_used is not None:
-            pl_module.log("train/prototypes_used", self._share_used)
+        numbers = dict(zip(("feature_std", "feature_rank", "view_agreement"), spread))
+        pl_module.report(numbers if self._share_used is None else {**numbers, "prototypes_used": self._share_used})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that began with trained weights must not lose what they knew."""

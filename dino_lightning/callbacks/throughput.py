@@ -52,16 +52,16 @@ class Throughput(Callback):
         if seconds >= _SECONDS or trainer.is_last_batch:
             tflops = self._images * self._flops / seconds / 1e12
             values = {
-                "train/images_per_s": self._images * trainer.world_size / seconds,
-                "train/data_wait": self._waited / seconds,
-                "train/tflops": tflops,
+                "images_per_s": self._images * trainer.world_size / seconds,
+                "data_wait": self._waited / seconds,
+                "tflops": tflops,
             }
             if self._peak:
-                values["train/mfu"] = tflops * 1e12 / self._peak
+                values["mfu"] = tflops * 1e12 / self._peak
             # Tensors on the host: a float would be copied to the device, which waits for it.
             self._logged = {name: torch.tensor(value) for name, value in values.items()}
             self._forget()
-        pl_module.log_dict(self._logged)
+        pl_module.report(self._logged)
 
     def _forget(self) -> None:
         self._since = self._ended = time.perf_counter()

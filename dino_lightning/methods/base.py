@@ -224,10 +224,23 @@ class Method(LightningModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
+    def report(self, numbers: Mapping[str, Tensor]) -> None:
+        """Logs numbers of a training step (scalars) as ``train/NAME``: what ``log_dict`` does, in a tenth of the host's time.
+
+        Most of the time of Lightning's ``log`` goes into making sure that a number is registered, as it is from the first step on.
+        """
+        registered = self.trainer._results or {}
+        for name, value in numbers.items():
+            key = f"{self._current_fx_name}.train/{name}"
+            if key in registered:
+                registered.update_metrics(key, value.detach(), batch_size=1)
+            else:
+                self.log(f"train/{name}", value)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         values = {**self.plan.values_at(self.global_step), "skipped_steps": self._skipped_steps}
         # Tensors on the host: a float would be copied to the device, which waits for it.
-        self.log_dict({f"train/{name}": torch.tensor(float(value)) for name, value in values.items()})
+        self.report({name: torch.tensor(float(value)) for name, value in values.items()})
 
     def configure_gradient_clipping(
         self,
@@ -239,7 +252,7 @@ class Method(LightningModule):
         gradients, norms = gradient_norms(self.trained.parameters())
         norm = torch.stack(norms).norm()
         self._grad_norm = torch.where(norm.isfinite(), norm, self._grad_norm)
-        self.log("train/grad_norm", norm)
+        self.report({"grad_norm": norm})
         if self.options["clip_grad"] > 0:
             self.clip(gradients, norms, self.options["clip_grad"])
         else:

@@ -162,7 +162,7 @@ class DINOModule(Method):
         entropy = self.loss.teacher_entropy
         kl = loss.detach() - entropy
         numbers = {"loss": loss.detach(), "teacher_entropy": entropy, "kl": kl, "center_norm": self.loss.center.norm()}
-        self.log_dict({f"train/{name}": value for name, value in numbers.items()})
+        self.report(numbers)
         return {"loss": loss, "teacher_entropy": entropy, "kl": kl}
 
     def flops_per_image(self, views: Sequence[Tensor]) -> int:

@@ -264,7 +264,7 @@ class DINOv2Module(Method):
         self.observed = Observed(features, targets)
         numbers = {"loss": loss, **parts, **self._measure(targets, patch_targets, masks, dino_loss)}
         numbers = {name: value.detach() for name, value in numbers.items()}
-        self.log_dict({f"train/{name}": value for name, value in numbers.items()})
+        self.report(numbers)
         return {**numbers, "loss": loss}
 
     def clip(self, gradients: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
@@ -273,7 +273,7 @@ class DINOv2Module(Method):
         for name, part in self.student.named_children():
             stop = start + sum(parameter.grad is not None for parameter in part.parameters())
             if stop > start:
-                self.log(f"train/grad_norm_{name}", clip_together_(gradients[start:stop], norms[start:stop], max_norm))
+                self.report({f"grad_norm_{name}": clip_together_(gradients[start:stop], norms[start:stop], max_norm)})
             start = stop
 
     def after_step(self, step: int, stepped: bool, non_finite: Tensor) -> None:
