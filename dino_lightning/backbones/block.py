@@ -50,15 +50,13 @@ class Block(nn.Module):
         if self.drop_path_by_subset:
             count, factor = drop_path_subset(len(x), self.drop_path)
             kept = drawn_samples(len(x), count, x.device)
-        elif x.device.type == "cpu" and not torch.compiler.is_compiling():  # whose draw is known before the branch, which then need not be computed for what is dropped
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The draw is known before the branch, which then need not be computed for what is dropped.
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
-            return first + self._drop(branch(x))
+            keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path)
+            return torch.addcmul(first, branch(x), keep.div_(1 - self.drop_path))
         return first.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
-
-    def _drop(self, branch: Tensor) -> Tensor:
-        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
-        return branch * keep.div_(1 - self.drop_path)
 
 
 def drop_path_subset(batch: int, rate: float) -> tuple[int, float]:
