@@ -11,20 +11,25 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
-from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
+from dino_lightning import DINOHead, DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import CollapseDoctor, Throughput, doctor
 from dino_lightning.methods.dinov2 import DINOv2Module
+from dino_lightning.methods.networks import Network
 from dino_lightning.training.late import LateReading
 
 META = torch.device("meta")
 # They move no data: they look at what is there in another way.
 VIEWS = {"view", "t", "transpose", "unsqueeze", "squeeze", "slice", "split", "split_with_sizes", "expand", "_unsafe_view", "detach", "select",
-         "permute", "as_strided", "alias", "unbind", "_reshape_alias", "new_empty", "empty", "empty_like", "new_empty_strided"}  # fmt: skip
+         "permute", "as_strided", "alias", "unbind", "_reshape_alias", "new_empty", "empty", "empty_like", "new_empty_strided",
+         "device"}  # fmt: skip
 
 
 class MetaAccelerator(CPUAccelerator):
@@ -47,16 +52,18 @@ class MetaStrategy(SingleDeviceStrategy):
 
 
 class Kernels(TorchDispatchMode):
-    """Counts the operations on the meta device by the phase of the step."""
+    """Counts the operations on a device by the phase of the step."""
 
-    def __init__(self):
+    def __init__(self, device=META):
         super().__init__()
+        self.device = device
         self.phase, self.counts = "", {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
-        if name not in VIEWS and any(isinstance(leaf, torch.Tensor) and leaf.device == META for leaf in tree_leaves((args, kwargs, result))):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        if name not in VIEWS and any(tensor.device == self.device for tensor in tensors):
             self.counts.setdefault(self.phase, Counter())[name] += 1
         return result
 
@@ -122,3 +129,70 @@ class Waits(DINOModule):
 def test_a_step_that_waits_is_found(monkeypatch):
     with pytest.raises(RuntimeError, match="meta"):
         train_on_meta(Waits, monkeypatch)
+
+
+def test_casts_and_attention_under_autocast_on_a_gpu(monkeypatch):
+    """A forward pass of both networks on fake CUDA tensors, which have no data either, in bfloat16."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # reads what it draws
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: asked.append((q, k, v)) or torch.empty_like(q))
+    kernels = Kernels(torch.device("cuda", 0))
+    with FakeTensorMode(), torch.device("cuda"):
+        networks = [Network(VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=12, num_heads=1, drop_path_rate=0.1),
+                            DINOHead(64, 100, hidden_dim=16, bottleneck_dim=8)) for _ in range(2)]  # fmt: skip
+        student, teacher = networks[0], networks[1].requires_grad_(False)
+        views = [torch.empty(2, 3, side, side) for side in [32] * 2 + [16] * 8]
+        with torch.autocast("cuda", torch.bfloat16), kernels:
+            logits = [teacher(views[:2]), student(views)]
+    assert {logit.dtype for logit in logits} == {torch.float32}, "products of half precision, results of full"
+    count = kernels.counts[""]
+    assert count["mm"] == 2 and count["addmm"] == 3 * 12 * 4 + 2 * 3
+    # Of the teacher's weights and biases; of the student's, which both resolutions share; of what a norm gives to a linear layer.
+    assert count["_to_copy"] < 2 * 104 + 3 * 28 and sum(count.values()) < 1000, count
+    assert len(asked) == 36
+    for q, k, v in asked:  # what flash attention takes
+        assert {x.dtype for x in (q, k, v)} == {torch.bfloat16} and {x.stride(-1) for x in (q, k, v)} == {1}
+        assert q.shape[-1] == 64 and q.shape[2] in (1, k.shape[2])
+
+
+def small_module(**options):
+    torch.manual_seed(0)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
+    return DINOModule(vit, out_dim=64, hidden_dim=16, bottleneck_dim=8, warmup_epochs=0, **options)
+
+
+def fit(module, **options):
+    torch.manual_seed(0)
+    batches = [[torch.rand(3, 32, 32)] * 2 + [torch.rand(3, 16, 16)] * 2 for _ in range(8)]
+    trainer = Trainer(accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                      enable_model_summary=False, **options)  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=2))
+    return trainer
+
+
+def test_compiled_in_place():
+    """Each network once for each size of views, without a break and without another compilation later; nothing is renamed."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, plain = small_module(), small_module()
+    compiled.compile(backend=counter, fullgraph=True)
+    for module in (compiled, plain):
+        fit(module, callbacks=[Throughput()])
+    assert counter.frame_count == 3, "the teacher at one size, the student at two"
+    compiled(torch.rand(5, 3, 32, 32))
+    assert counter.frame_count == 3, "evaluation, whose batches vary, is not compiled"
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    whole = torch.compile(plain.student, backend=counter, fullgraph=True)
+    whole([torch.rand(2, 3, side, side) for side in (32, 32, 16)]).sum().backward()
+
+
+def test_the_option_compiles_and_a_compiled_module_is_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **options: asked.append((type(module).__name__, options)))
+    fit(small_module(compile=True))
+    assert asked == [("_Blocks", {"dynamic": False})] * 2
+    with pytest.raises(ValueError, match=r"torch.compile\(module\) would compile the training step anew at every step.*compile=True"):
+        fit(torch.compile(small_module(), backend="eager"))

@@ -54,9 +54,12 @@ class Block(nn.Module):
             # The draw is known before the branch, which then need not be computed for what is dropped.
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
-            keep = x.new_empty(len(x), 1, 1).bernoulli_(1 - self.drop_path)
-            return torch.addcmul(first, branch(x), keep.div_(1 - self.drop_path))
+            return first + self._drop(branch(x))
         return first.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
+        return branch * keep.div_(1 - self.drop_path)
 
 
 def drop_path_subset(batch: int, rate: float) -> tuple[int, float]:
