@@ -5,12 +5,13 @@ index, a copy to the host) or mix tensors of two devices fails there, and each o
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
@@ -23,6 +24,8 @@ from dino_lightning import DINOHead, DINOModule, MultiCropDataModule, VisionTran
 from dino_lightning.callbacks import CollapseDoctor, Throughput, doctor
 from dino_lightning.methods.dinov2 import DINOv2Module
 from dino_lightning.methods.networks import Network
+from dino_lightning.training.checks import warn_of_slow_precision
+from dino_lightning.training.devices import settle
 from dino_lightning.training.late import LateReading
 
 META = torch.device("meta")
@@ -157,10 +160,10 @@ def test_casts_and_attention_under_autocast_on_a_gpu(monkeypatch):
         assert q.shape[-1] == 64 and q.shape[2] in (1, k.shape[2])
 
 
-def small_module(**options):
+def small_module(module_class=DINOModule, **options):
     torch.manual_seed(0)
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=2)
-    return DINOModule(vit, out_dim=64, hidden_dim=16, bottleneck_dim=8, warmup_epochs=0, **options)
+    return module_class(vit, out_dim=64, hidden_dim=16, bottleneck_dim=8, warmup_epochs=0, **options)
 
 
 def fit(module, **options):
@@ -196,3 +199,53 @@ def test_the_option_compiles_and_a_compiled_module_is_refused(monkeypatch):
     assert asked == [("_Blocks", {"dynamic": False})] * 2
     with pytest.raises(ValueError, match=r"torch.compile\(module\) would compile the training step anew at every step.*compile=True"):
         fit(torch.compile(small_module(), backend="eager"))
+
+
+class Logs(DINOModule):
+    def report(self, numbers):
+        self.log_dict({f"train/{name}": value for name, value in numbers.items()})
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.rows.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+def test_reported_numbers_are_those_of_lightnings_log(monkeypatch):
+    """At every micro-batch, with a short way around what Lightning does for each number each time."""
+    monkeypatch.setattr(doctor, "_WINDOW", 2)
+    recorders, calls = [], []
+    log = LightningModule.log
+    monkeypatch.setattr(LightningModule, "log", lambda module, *args, **options: calls.append(type(module)) or log(module, *args, **options))
+    for module in (small_module(), small_module(Logs)):
+        recorders.append(Recorder())
+        fit(module, callbacks=[CollapseDoctor(), recorders[-1]], accumulate_grad_batches=2)
+    ours, theirs = (recorder.rows for recorder in recorders)
+    assert len(ours) == 8 and {"train/loss", "train/lr", "train/grad_norm", "train/prototypes_used"} <= ours[-1].keys()
+    assert [{name: str(value) for name, value in row.items()} for row in ours] == [
+        {name: str(value) for name, value in row.items()} for row in theirs
+    ]
+    assert 0 < calls.count(DINOModule) < calls.count(Logs) / 3
+
+
+class Old:
+    root_device = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("capability, precision, warned", [((7, 5), "bf16-mixed", True), ((8, 0), "bf16-mixed", False), ((7, 5), "16-mixed", False)])
+def test_bfloat16_on_a_gpu_without_it(capability, precision, warned, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    warn_of_slow_precision(SimpleNamespace(strategy=Old, precision=precision))
+    assert ("Tesla T4 has no units for bfloat16 (compute capability 7.5" in caplog.text) == warned
+
+
+def test_ddp_sends_no_buffers_without_statistics():
+    vit, cnn = small_module(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    for network, told, expected in ((vit, {}, False), (cnn, {}, True), (vit, {"broadcast_buffers": True}, True)):
+        strategy = DDPStrategy(parallel_devices=[torch.device("cpu")], **told)
+        settle(strategy, [network])
+        assert strategy._ddp_kwargs == {"gradient_as_bucket_view": True, "broadcast_buffers": expected}
