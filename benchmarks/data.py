@@ -82,7 +82,7 @@ if __name__ == "__main__":
     arguments.add_argument("--images", type=int, default=32)
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    data = MultiCropDataModule(args.folder, batch_size=8, num_workers=0)
+    data = MultiCropDataModule(args.folder, batch_size=32, num_workers=0)
     data.setup("fit")
     source = data.train_dataloader().dataset.source
     files = [Path(source.path(index)) for index in range(min(args.images, len(source)))]

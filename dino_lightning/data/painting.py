@@ -15,6 +15,7 @@ rounding of a whole number to its neighbour. The normalised floats may be off in
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -68,15 +69,24 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
         float32 (N, C, H, W), contiguous, on the device of `crops`.
     """
     _check(crops, recipe, mean, std)
-    # float32 from here on: every operation leaves whole levels 0..255, so uint8 would only add casts.
-    image = crops.to(torch.float32, memory_format=torch.contiguous_format)
     center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
-    # A GPU wants few large kernels; a CPU wants its temporaries in cache: one crop of 224 at a time, or seven of 96.
-    size = max(1, CPU_PIXELS // math.prod(crops.shape[2:])) if crops.device.type == "cpu" else max(1, len(crops))
+    if crops.device.type != "cpu":  # which wants few large operations
+        image = crops.to(torch.float32, memory_format=torch.contiguous_format)
+        _paint(image, recipe)
+        return image.div_(255).sub_(center).div_(spread)
+    # A CPU wants its temporaries in cache: one crop of 224 at a time, or seven of 96, which share operations if they are alike.
+    image = torch.empty(crops.shape, dtype=torch.float32)
+    size = max(1, CPU_PIXELS // math.prod(crops.shape[2:]))
+    alike = np.lexsort([recipe["gray"], recipe["blur_sigma"] > 0, *recipe["order"].T, recipe["jitter"]])
     for start in range(0, len(crops), size):
-        piece = image[start:start + size]
-        _paint(piece, recipe[start:start + size])
-        piece.div_(255).sub_(center).div_(spread)
+        rows = alike[start:start + size]
+        piece = torch.empty(len(rows), *crops.shape[1:])
+        for crop, row in zip(piece, rows):
+            crop.copy_(crops[row])
+        _paint(piece, recipe[rows])
+        piece.div_(255).sub_(center)
+        for crop, row in zip(piece, rows):
+            torch.div(crop, spread, out=image[row])
     return image
 
 
@@ -101,13 +111,22 @@ def channel_numbers(
 
 
 def _paint(image: Tensor, recipe: np.ndarray) -> None:
-    """Run every step on its subset of the crops (n, C, H, W), in place."""
+    """Run every step on its subset of the crops (n, C, H, W), in place: whole levels 0..255.
+
+    They are float32 throughout: every operation leaves whole levels, so uint8 would only add casts.
+    """
     steps = list(_steps(recipe, image.shape[1]))
     if not steps:
         return
-    rows = _ship([step.rows for step in steps], np.int64, image.device)
     numbers = _ship([step.numbers[..., None, None] for step in steps], np.float32, image.device)
-    for (operation, _, _), index, number in zip(steps, rows, numbers):
+    if image.device.type == "cpu":
+        for (operation, rows, _), number in zip(steps, numbers):
+            starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of runs of neighbours, which are not copied
+            for start, stop in itertools.pairwise(starts):
+                operation(image[rows[start]:rows[stop - 1] + 1], number[start:stop])
+        return
+    indices = _ship([step.rows for step in steps], np.int64, image.device)
+    for (operation, _, _), index, number in zip(steps, indices, numbers):
         if len(index) == len(image):
             operation(image, number)
         else:
