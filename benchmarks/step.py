@@ -9,6 +9,7 @@ One process, one device, random views of 2 × 224 and 8 × 96 pixels; on a CPU o
 
 import argparse
 import contextlib
+import functools
 import subprocess
 import sys
 import time
@@ -57,26 +58,29 @@ def random_views(batch: int, device: torch.device, dtype: torch.dtype = torch.fl
     return [torch.randn(batch, 3, side, side, device=device, dtype=dtype) for side in [224] * 2 + [96] * LOCAL]
 
 
-def timed(step: Step, views: list[Tensor], precision: str, device: torch.device) -> Callable[[], float]:
-    """One whole step → its seconds. Float16 on a GPU has a gradient scaler, as in the reference."""
+def whole_step(step: Step, precision: str, device: torch.device) -> Callable[[list[Tensor]], None]:
+    """Forward and backward pass and update. Float16 on a GPU has a gradient scaler, as in the reference."""
     dtype = PRECISIONS[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def run() -> float:
-        synchronize(device)
-        start = time.perf_counter()
+    def run(views: list[Tensor]) -> None:
         with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
             loss = step.forward(views)
         scaler.scale(loss).backward()
-        if scaler.is_enabled():  # only unscaled: the optimizers are inside of update, and times are what is asked
-            for parameter in step.student.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(1 / scaler.get_scale())
+        if scaler.is_enabled():  # the optimizer is inside of the update: here gradients are unscaled, and that is all
+            torch._foreach_mul_([p.grad for p in step.student.parameters() if p.grad is not None], 1 / scaler.get_scale())
         step.update()
-        synchronize(device)
-        return time.perf_counter() - start
 
     return run
+
+
+def timed(run: Callable[[list[Tensor]], None], views: list[Tensor], device: torch.device) -> float:
+    """Seconds of a step on these views."""
+    synchronize(device)
+    start = time.perf_counter()
+    run(views)
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def gate(arch: str, path, tolerance: float = 1e-6) -> float:
@@ -136,9 +140,9 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
     if args.only:
         before = peak_mb(args.device)
-        run = timed(build(args.only, args, args.device), random_views(args.batch, args.device), args.precision, args.device)
+        run, views = whole_step(build(args.only, args, args.device), args.precision, args.device), random_views(args.batch, args.device)
         for _ in range(3):
-            run()
+            run(views)
         print(peak_mb(args.device) - before)
         sys.exit()
     names = ["ours"] + ["ours, compiled"] * args.compile + ["reference"] * (args.reference is not None) + ["lightly"] * args.lightly
@@ -149,10 +153,10 @@ if __name__ == "__main__":
         results["summary"] = compare(f"peak memory of a training step, {title}", found, "MB")
     else:
         views = random_views(args.batch, args.device)
-        variants = {name: timed(build(name, args, args.device), views, args.precision, args.device) for name in names}
-        for run in variants.values():
+        steps = {name: whole_step(build(name, args, args.device), args.precision, args.device) for name in names}
+        for run in steps.values():
             for _ in range(3 if args.device.type == "cuda" else 1):
-                run()
-        found = interleaved(variants, args.rounds)
+                run(views)
+        found = interleaved({name: functools.partial(timed, run, views, args.device) for name, run in steps.items()}, args.rounds)
         results["summary"] = compare(f"a training step, {title}", found, "s")
     save(args.json, {**results, "rounds": found})
