@@ -9,7 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning import DINOHead, VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
-from dino_lightning.evaluation.estimate import Head, ViT, ring_bytes
+from dino_lightning.cli import main
+from dino_lightning.evaluation.devices import DEVICES, device_called
+from dino_lightning.evaluation.estimate import Head, ViT, network_seconds, ring_bytes
+from dino_lightning.evaluation.kept import kept_bytes
+from dino_lightning.methods import method_class
+from dino_lightning.tools.costs import run_of
+from dino_lightning.tools.estimate import estimated
 
 VITS = {
     "tiny": {"embed_dim": 192, "num_heads": 3, "depth": 3},
@@ -18,21 +24,6 @@ VITS = {
         "embed_dim": 192, "num_heads": 3, "depth": 3, "ffn": "swiglu", "registers": 4, "layer_scale": 0.1, "mask_token": True,
     },
 }  # fmt: skip
-
-
-def kept_bytes(call, parameters):
-    """What autograd keeps of a call, in bytes: each storage once, and no parameters."""
-    storages, known = {}, {parameter.untyped_storage().data_ptr() for parameter in parameters}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    return sum(storages.values()), result
 
 
 @pytest.mark.parametrize(("size", "all_tokens", "half"), list(itertools.product(VITS, (False, True), (False, True))))
@@ -47,7 +38,7 @@ def test_what_autograd_keeps_of_a_vit_and_its_operations(size, all_tokens, half)
             return network.forward_features(images)[0].patches if all_tokens else network(images)
 
     weights = 2 * sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d))
-    kept, _ = kept_bytes(call, network.parameters())
+    kept = kept_bytes(network, call)
     # Under autocast also the weights in half precision, and on a CPU, where our attention is not fused then, the scores.
     assert kept - half * weights == pytest.approx(2 * vit.activations(tokens, 4 - 2 * half, all_tokens, fused=not half), rel=0.01)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -68,7 +59,7 @@ def test_what_dinov2s_drop_path_saves(half):
             return network(images)
 
     weights = 2 * sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d))
-    kept, _ = kept_bytes(call, network.parameters())
+    kept = kept_bytes(network, call)
     expected = 10 * vit.activations(vit.tokens(64, 64), 4 - 2 * half, kept=share, fused=not half)
     assert kept - half * weights == pytest.approx(expected, rel=0.02)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -86,10 +77,50 @@ def test_what_autograd_keeps_of_a_head_and_its_operations(half, layers):
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             return network(features)
 
-    kept, logits = kept_bytes(call, [*network.parameters()])
-    assert logits.dtype == torch.float32
+    kept = kept_bytes(network, call)
+    assert call().dtype == torch.float32
     logits_and_norms = 4 * (64 + 1) * 2048
     assert kept - half * weights - logits_and_norms == pytest.approx(64 * head.activations(4 - 2 * half), rel=0.01)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call()
     assert counter.get_total_flops() == 64 * head.flops()
+
+
+VIEWS = ["--data.global_crops_size", "64", "--data.local_crops_size", "32", "--data.local_crops_number", "4", "--model.img_size", "64"]
+NETWORKS = {
+    "dino": (["--model.backbone", "vit_tiny", "--model.out_dim", "512"], {"drop_path_rate": 0.0}),
+    "dinov2": (
+        ["--method", "dinov2", "--model.backbone", "vit_tiny", "--model.out_dim", "512", "--model.drop_path_rate", "0",
+         "--model.ibot_separate_head", "true", "--model.ibot_out_dim", "256"],
+        {"drop_path_rate": 0.0, "ibot_separate_head": True, "ibot_out_dim": 256},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_step_of_the_real_networks(method):
+    """Forward and backward of the student and forward of the teacher, counted; attention by plain products, whose backward pass is
+    twice the forward pass (the fused one computes the scores again, which no MFU counts)."""
+    options, given = NETWORKS[method]
+    run = run_of([*options, *VIEWS, "--data.batch_size", "4"])
+    module = method_class(method)("vit_tiny", img_size=64, out_dim=512, **given)
+    views = [torch.rand(4, 3, 64, 64)] * 2 + [torch.rand(4, 3, 32, 32)] * 4
+    rows = None
+    if method == "dinov2":
+        rows = torch.arange(4 * round(2 * 16 * 0.5 * 0.3))  # as many patches as are masked on average
+        from dino_lightning.methods.dinov2 import _look
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        if method == "dino":
+            with torch.no_grad():
+                module.teacher(views[:2])
+            module.student(views).sum().backward()
+        else:
+            with torch.no_grad():
+                _look(module.teacher, views[:2], rows)
+            look = _look(module.student, views, rows)
+            (look.logits.sum() + look.patch_logits.sum()).backward()
+    assert counter.get_total_flops() == pytest.approx(4 * run.step.flops, rel=0.01)
+    assert run.step.flops == pytest.approx(module.flops_per_image([view[:1] for view in views]), rel=0.005)  # what train/mfu counts
+    parameters = sum(p.numel() for p in module.student.parameters())
+    assert run.step.parameters == run.step.teacher == parameters
+    assert run.step.gradient_bytes == 4 * sum(p.numel() for p in module.student.parameters() if p.requires_grad)

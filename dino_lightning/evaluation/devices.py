@@ -81,3 +81,9 @@ def device_called(name: str) -> Device | None:
     Relatives with a word more (H100 NVL, RTX 4090 D, a laptop's) have other peaks and are not taken for it.
     """
     return next((one for one in DEVICES.values() if re.search(rf"(?:^|\s){one.called}$", name)), None)
+
+
+def dtype_of(precision: str | int | None) -> torch.dtype:
+    """Of the products at a Trainer's precision, such as ``bf16-mixed``."""
+    named = str(precision)
+    return torch.bfloat16 if named.startswith("bf16") else torch.float16 if named.startswith("16") else torch.float32

@@ -21,11 +21,13 @@ from dino_lightning.data.image_folder import find_splits
 from dino_lightning.door.commands import said
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
+from dino_lightning.evaluation.devices import dtype_of
 from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
 from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.listing import list_images
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
+from dino_lightning.training.checks import check_crops
 
 _EPOCHS = 100  # of fit, unless said
 
@@ -62,14 +64,27 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
     Raises:
         ValueError: for options that the method refuses, or numbers below 1.
     """
-    for name, value in {"devices": devices, "images": images}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
     config = _parsed(recipes.resolve_in(options))
     model, data, trainer = config["model"], config["data"], config["trainer"]
-    dtype = _dtype(trainer["precision"])
+    counts = {
+        "devices": devices,
+        "images": images,
+        "data.batch_size": data["batch_size"],
+        "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"],
+        "trainer.num_nodes": trainer["num_nodes"],
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if data["local_crops_number"] < 0:
+        raise ValueError(f"data.local_crops_number must not be negative, got {data['local_crops_number']}")
+    dtype = dtype_of(trainer["precision"])
     with torch.device("meta"):
         module = method_class(config["method"])(**{name: _built(value) for name, value in model.items()})
+        check_crops(
+            module.trained.backbone,
+            {f"data.{name}": _pair(data[name]) for name in ("global_crops_size", "local_crops_size")[: 1 + bool(data["local_crops_number"])]},
+        )
         views = _views(data)
         costs = _costs(module, views, data["batch_size"], dtype)
     student, teacher = module.trained, module.evaluated
@@ -162,10 +177,14 @@ def _kept(backbone: VisionTransformer, crops: int) -> float:
 
 
 def _views(data: Mapping[str, Any]) -> list[torch.Tensor]:
-    def view(size: int | Sequence[int]) -> torch.Tensor:
-        return torch.empty(1, data["in_chans"], *((size, size) if isinstance(size, int) else size))
+    def view(which: str) -> torch.Tensor:
+        return torch.empty(1, data["in_chans"], *_pair(data[which]))
 
-    return [view(data["global_crops_size"])] * 2 + [view(data["local_crops_size"])] * data["local_crops_number"]
+    return [view("global_crops_size")] * 2 + [view("local_crops_size")] * data["local_crops_number"]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: int | None, per_step: int) -> int | None:
@@ -175,7 +194,8 @@ def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: 
         images = len(list_images(find_splits(data["root"])[0]))
     if images is None and data["dataset"] is not None:
         images = len(_built(data["dataset"]))
-    return None if images is None else images * (trainer["max_epochs"] or _EPOCHS)
+    epochs = trainer["max_epochs"] or _EPOCHS
+    return None if images is None or epochs < 0 else images * epochs
 
 
 def _parsed(options: Sequence[str]) -> dict[str, Any]:
@@ -221,11 +241,6 @@ def _devices(trainer: Mapping[str, Any]) -> int:
     else:
         count = int(asked) if str(asked).isdecimal() else 1
     return max(1, count) * trainer["num_nodes"]
-
-
-def _dtype(precision: str | int | None) -> torch.dtype:
-    named = str(precision)
-    return torch.bfloat16 if named.startswith("bf16") else torch.float16 if named.startswith("16") else torch.float32
 
 
 def _count(network: nn.Module, trainable: bool = False) -> int:

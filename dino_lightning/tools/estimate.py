@@ -20,7 +20,8 @@ class Estimate(NamedTuple):
     Attributes:
         memory: bytes on a device.
         largest_batch: images on a device that fit into ``ROOM`` of its memory.
-        seconds: of a step, by what may bound it: ``compute``, ``memory``, ``network``, and ``data`` where the workers are said.
+        seconds: of a step, by what may bound it: ``compute``, ``memory``, ``network`` of several devices, and ``data`` where the workers
+            are said.
         images_per_s: over all devices, with the slowest of these, the others hidden behind it.
         hours: of the run; None where nothing says how many images there are.
         workers: worker processes of a device that keep up with the rest.
@@ -65,8 +66,8 @@ def estimate(
         gpu: kind of the GPUs, e.g. h100, a100-80, rtx4090; another one is answered with all there are.
         devices: GPUs in all; by default those of the options, or one.
         images: of an epoch; by default those of data.root or data.dataset, if the options have one.
-        mfu: share of the GPU's peak that the operations reach, an assumption: 0.35 is usual for large batches of a ViT; a run logs its own
-            as train/mfu.
+        mfu: share of the GPU's peak that the operations reach: an assumption. A run logs its own as train/mfu (which counts the branches
+            that DINOv2's stochastic depth leaves out, too).
         worker_ms: milliseconds that a worker takes for the views of an image: 4.4 is what the README measured of a photograph of 400×533 on
             one core.
         link_gbps: 10⁹ bits a second that a GPU sends to the next one; by default NVLink or PCIe within 8 GPUs, 400 beyond them (InfiniBand).
@@ -99,8 +100,9 @@ def estimated(run: Run, kind: Device, mfu: float, worker_ms: float, link_gbps: f
     seconds = {
         "compute": compute_seconds(step, peak, mfu),
         "memory": step.moved_bytes() / (kind.bandwidth * 1e9),
-        "network": network_seconds(step, link_gbps or default_link(kind, step.devices)),
     }
+    if step.devices > 1:
+        seconds["network"] = network_seconds(step, link_gbps or default_link(kind, step.devices))
     rate = step.batch * step.accumulated / max(seconds.values())  # of a device, if its workers keep up
     if run.workers:
         seconds["data"] = data_seconds(step, worker_ms / 1e3, run.workers)
@@ -150,7 +152,7 @@ def _report(found: Estimate, mfu: float, worker_ms: float, link: float) -> str:
         f"speed       {found.images_per_s:,.0f} images/s at an MFU of {mfu:g}, which is assumed; a step: {times}",
         f"time        {_duration(found)}",
         f"data        {found.workers} workers a device at {worker_ms:g} ms an image{_workers_said(run)}",
-        f"bound by    {found.bound}; with fewer workers by data; {_network(found, link)}",
+        f"bound by    {found.bound}; {'' if found.bound == 'data' else 'with fewer workers by data; '}{_network(found, link)}",
     ]
     return "\n".join(lines)
 
