@@ -181,6 +181,8 @@ class DINOCLI(LightningCLI):
         if self.subcommand == "predict" and not is_given(BasePredictionWriter):
             ours.append(FeatureWriter())
         self.trainer_defaults["callbacks"] = ours
+        if options.benchmark is None and not options.deterministic:
+            options.benchmark = True  # views come in two sizes, for which a GPU may try out its convolutions
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:

@@ -7,9 +7,12 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from dino_lightning import DINOHead, DINOModule, VisionTransformer
 from dino_lightning.backbones import build, feature_dim, features_at, redrawn
+from dino_lightning.backbones import prototypes
+from dino_lightning.backbones.positions import interpolate_positions
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.training.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
 
@@ -245,3 +248,51 @@ def test_redrawn_is_the_network_before_training(caplog):
     assert not caplog.records
     redrawn(nn.ModuleDict({"layer": nn.Linear(2, 2), "attention": nn.MultiheadAttention(4, 2)}))
     assert "attention.in_proj_weight" in caplog.text and "layer.weight" not in caplog.text
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 0.1])
+@pytest.mark.parametrize("grid, target", [((14, 14), (6, 6)), ((5, 7), (9, 3))])
+def test_the_gradient_of_interpolated_positions_is_that_of_torchs_interpolation(grid, target, offset, antialias):
+    positions = torch.randn(1, 1 + grid[0] * grid[1], 8, dtype=torch.float64, requires_grad=True)
+    result = interpolate_positions(positions, grid, target, offset, antialias)
+    gradient = torch.randn_like(result)
+    (ours,) = torch.autograd.grad(result, positions, gradient)
+    size = {"scale_factor": tuple((to + offset) / side for to, side in zip(target, grid))} if offset else {"size": target}
+    patches = positions[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, mode="bicubic", antialias=antialias, **size)
+    plain = torch.cat([positions[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+    assert torch.equal(result, plain)
+    torch.testing.assert_close(ours, torch.autograd.grad(plain, positions, gradient)[0])
+
+
+def test_prototypes_equal_the_plain_weight_norm(monkeypatch):
+    """In chunks of the backward pass, with trained gains; under autocast the logits stay float32."""
+    monkeypatch.setattr(prototypes, "_CPU_CHUNK", 7 * 30)
+    layer = prototypes.Prototypes(16, 100).double()
+    layer.weight_g.data.uniform_(0.5, 2)
+    x = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    inputs = (x, layer.weight_v, layer.weight_g)
+    plain = F.linear(x, layer.weight_v * layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
+    gradient = torch.randn_like(plain)
+    torch.testing.assert_close(layer(x), plain)
+    for ours, theirs in zip(torch.autograd.grad(layer(x), inputs, gradient), torch.autograd.grad(plain, inputs, gradient)):
+        torch.testing.assert_close(ours, theirs)
+    layer.weight_g.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer.float()(x.float())
+    torch.testing.assert_close(logits, plain.float(), rtol=1e-5, atol=1e-6)
+    assert torch.autograd.grad(logits.sum(), layer.weight_v)[0].isfinite().all()
+
+
+def test_the_last_block_for_the_class_token_alone_trains_alike():
+    """With drop path, whose draws are the same: value and gradients of the class token are those of a pass over all tokens."""
+    vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=3, num_heads=2, drop_path_rate=0.3, registers=2).double().train()
+    x = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    results = []
+    for call in (lambda: vit(x), lambda: vit.get_intermediate_layers(x)[0][:, 0]):
+        torch.manual_seed(0)
+        features = call()
+        results.append([features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)

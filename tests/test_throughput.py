@@ -23,7 +23,7 @@ def test_operations_of_vit_small_as_counted_by_hand():
     # Per token but the class token, the last block saves the output's projection, the MLP and attention: 18 D² + 4 T D.
     saved = [(tokens - 1) * (18 * 384**2 + 4 * tokens * 384) for tokens in (197, 37)]
     expected = 113.4e9 - 3 * (2 * saved[0] + 8 * saved[1]) - 2 * saved[0]
-    assert flops_per_image(student, teacher, views) == pytest.approx(expected, rel=0.003)
+    assert flops_per_image(student, teacher, views) == pytest.approx(expected, rel=0.005)
     assert student.training and not teacher.training
 
 

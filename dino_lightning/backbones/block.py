@@ -50,7 +50,8 @@ class Block(nn.Module):
         if self.drop_path_by_subset:
             count, factor = drop_path_subset(len(x), self.drop_path)
             kept = drawn_samples(len(x), count, x.device)
-        elif x.device.type == "cpu" and not torch.compiler.is_compiling():  # whose draw is known before the branch, which then need not be computed for what is dropped
+        elif x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The draw is known before the branch, which then need not be computed for what is dropped.
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
             return first + self._drop(branch(x))

@@ -69,7 +69,8 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     modes = {module: module.training for module in backbone.modules()}
     try:
-        features = backbone.eval()(images)
+        with torch.compiler.set_stance("force_eager"):  # a shape that is not met again
+            features = backbone.eval()(images)
     except Exception as error:
         raise ValueError(_fault(backbone, images, error)) from error
     finally:

@@ -1,10 +1,10 @@
 """The projection head: an MLP, an L2-normalised bottleneck, weight-normalised prototypes (paper, section 3.1, appendix C)."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_lightning.backbones.prototypes import Prototypes
+from dino_lightning.losses.precision import full
 
 
 class DINOHead(nn.Module):
@@ -45,9 +45,7 @@ class DINOHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_dim) → (N, out_dim)."""
-        x = self.mlp(x)
-        x = F.normalize(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, dim=-1)
-        return self.last_layer(x)
+        return self.last_layer(F.normalize(full(self.mlp(x)), dim=-1))
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, nlayers: int, use_bn: bool) -> nn.Module:

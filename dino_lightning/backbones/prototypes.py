@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dino_lightning.losses.precision import without_autocast
+
 # Elements of a temporary of the backward pass. On a CPU 4 MiB in float32; elsewhere 64 MiB keep a GPU busy.
 _CPU_CHUNK, _CHUNK = 2**20, 2**24
 
@@ -85,6 +87,5 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a · b of factors in this type, in the type of a."""
     if dtype != a.dtype:
         return torch.mm(a.to(dtype), b.to(dtype), out_dtype=a.dtype)
-    device = a.device.type
-    with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+    with without_autocast(a.device):
         return torch.mm(a, b)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_lightning.classifiers.classification import accuracies, linear_head, without_repeats
+from dino_lightning.losses.precision import without_autocast
 from dino_lightning.methods.base import Method
 from dino_lightning.training.plan import count_images
 from dino_lightning.training.randomness import seeded
@@ -81,7 +82,7 @@ class OnlineProbe(Callback):
         labels = labels.repeat(len(features) // len(labels))  # views-major
         if self._head is None:
             self._begin(features)
-        with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
+        with torch.enable_grad(), without_autocast(features.device):
             loss = F.cross_entropy(self._head(features), labels, ignore_index=-1, reduction="sum")
             gradients = torch.autograd.grad(loss, list(self._head.parameters()))
         sums = [*gradients, loss.detach(), (labels >= 0).sum().to(loss)]
@@ -112,7 +113,7 @@ class OnlineProbe(Callback):
         if dataloader_idx != 1 or self._head is None or trainer.sanity_checking:
             return
         labels = without_repeats(outputs["labels"], trainer, batch_idx, dataloader_idx)
-        with torch.no_grad(), torch.autocast(labels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(labels.device):
             self._metrics.update(self._head(outputs["features"].float()), labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

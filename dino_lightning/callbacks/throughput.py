@@ -15,7 +15,7 @@ _SECONDS = 2.0  # between two readings
 
 class Throughput(Callback):
     """Logs, as means over two seconds or more: ``train/images_per_s`` over all devices; ``train/data_wait``, the share of the time
-    between two steps, in which batches are waited for, moved and (on a CPU) painted; ``train/tflops``, 10¹² floating-point
+    in which a batch is waited for (with another data module than ours, and moved); ``train/tflops``, 10¹² floating-point
     operations a second and device; and ``train/mfu``, these as a share of what the device could do, where ``evaluation.devices`` knows that.
 
     It reads the host's clock only: a device that lags behind by some steps is not waited for. Validation is left out.
@@ -43,7 +43,8 @@ class Throughput(Callback):
                 views = [view[:1] for view in split_views(batch)]
                 self._flops = pl_module.flops_per_image(views)
             self._forget()
-        self._waited += time.perf_counter() - self._ended
+        came = getattr(trainer.datamodule, "batch_came", None) or time.perf_counter()
+        self._waited += max(0.0, came - self._ended)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dino_lightning.backbones import example_images
 from dino_lightning.classifiers.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
+from dino_lightning.losses.precision import without_autocast
 from dino_lightning.training.plan import count_images
 from dino_lightning.training.schedules import cosine_schedule
 
@@ -92,7 +93,7 @@ class LinearProbe(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), or features (B, F) without a backbone → logits (rates, B, K) in float32."""
         features = self.features(images)
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return torch.stack([head(features) for head in self.heads])
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

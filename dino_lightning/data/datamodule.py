@@ -3,6 +3,7 @@
 import logging
 import numbers
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from dino_lightning.data import ImageFolder, find_splits
 from dino_lightning.data.multicrop import MultiCrop
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.data.sampler import training_sampler
+from dino_lightning.data.streams import SideStream
 from dino_lightning.data.unreadable import UnreadableLedger
 from dino_lightning.data.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
 from dino_lightning.data.workers import follow_the_parent
@@ -63,6 +65,9 @@ class MultiCropDataModule(LightningDataModule):
         max_unreadable: largest share of the images that may be unreadable in an epoch before the run stops. An unreadable
             image is replaced by another one and named in the log.
         max_bank: largest number of labelled training images that the monitors compare with.
+
+    Attributes:
+        batch_came: when the last batch had been waited for (``time.perf_counter``), and was about to be moved and painted; None before.
     """
 
     def __init__(
@@ -128,6 +133,8 @@ class MultiCropDataModule(LightningDataModule):
         self._train_source: Dataset | None = None
         self._query_folders: list[Path] = []
         self._unreadable = UnreadableLedger(max_unreadable)
+        self._side = SideStream()
+        self.batch_came: float | None = None
 
     def setup(self, stage: str) -> None:
         """Lists the images. Raises for a folder without images, or fewer of them than a batch over all devices holds."""
@@ -188,6 +195,20 @@ class MultiCropDataModule(LightningDataModule):
         views = loaders[1].dataset if loaders else EvaluationViews(self._train_source, size, self.in_chans)
         count = min(count, len(views))
         return torch.stack([views[i * len(views) // count][0] for i in range(count)])
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.batch_came = time.perf_counter()
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copied, and training views painted (``on_after_batch_transfer``), on a GPU beside the step under way."""
+        if not isinstance(batch, Unpainted):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        with self._side.on(device):
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            views, labels = self.on_after_batch_transfer(batch, dataloader_idx)
+        self._side.hand_over([*views, labels])
+        return views, labels
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unpainted):

@@ -197,11 +197,11 @@ class Step(NamedTuple):
         return _FULL * self.trainable
 
     def memory(self) -> Memory:
-        """Several devices hold the gradients twice: DistributedDataParallel sends them from buckets of its own."""
+        """The same on one device and on several, whose gradients are views of what is sent."""
         return Memory(
             parameters=_FULL * self.parameters,
             teacher=_FULL * self.teacher,
-            gradients=self.gradient_bytes * (2 if self.devices > 1 else 1),
+            gradients=self.gradient_bytes,
             optimizer=optimizer_bytes(self.trainable, self.optimizer),
             half_weights=2 * self.cast,
             images=self.batch * self.image_bytes,
@@ -218,7 +218,7 @@ class Step(NamedTuple):
     def moved_bytes(self) -> int:
         """That the device's memory moves in a step at the least: what is kept of the forward pass is written and read once, AdamW reads four
         and writes three numbers for each parameter (SGD three and two), the teacher's average reads two and writes one."""
-        kept = self._replace(devices=1).memory()
+        kept = self.memory()
         update = 7 if self.optimizer == "adamw" else 5
         wide = 2 * self.accumulated * (kept.activations + kept.logits + kept.loss)
         return wide + _FULL * (update * self.trainable + 3 * self.teacher)

@@ -25,7 +25,8 @@ def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
     for module in modes:
         module.training = False
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Compiled code would not be counted, and a shape that is not met again would be compiled.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             call()
     finally:
         for module, training in modes.items():

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino_lightning.losses.precision import full
+from dino_lightning.losses.precision import full, without_autocast
 
 
 class KoLeoLoss(nn.Module):
@@ -33,7 +33,7 @@ class KoLeoLoss(nn.Module):
         if len(features) < 2:
             self.distance = None
             return 0 * full(features).sum()
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             x = F.normalize(full(features), eps=1e-8, dim=-1)
             with torch.no_grad():
                 nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(dim=1)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dino_lightning.losses.precision import full
+from dino_lightning.losses.precision import full, without_autocast
 from dino_lightning.losses.ranks import all_reduce
 
 
@@ -34,7 +34,7 @@ def sinkhorn_knopp(logits: Tensor, temp: float, iterations: int = 3) -> Tensor:
     row_highest = q.amax(dim=1, keepdim=True)
     q.sub_(row_highest).div_(temp).exp_()
     v = row_highest.squeeze(1).div_(temp).exp_()  # (n,): rows do not start alike
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         for _ in range(iterations):
             u = all_reduce(q.T.mv(v)).reciprocal_()  # (K,)
             v = q.mv(u).reciprocal_()

@@ -33,7 +33,9 @@ from dino_lightning.training.checks import (
     check_views,
     finds_batch_size,
     warn_of_local_batch_norms,
+    warn_of_slow_precision,
 )
+from dino_lightning.training.devices import settle
 from dino_lightning.training.guard import NonFiniteGuard
 from dino_lightning.training.optim import build_optimizer, clip_together_, gradient_norms, param_groups
 from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
@@ -295,6 +297,7 @@ class Method(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
+            settle(self.trainer.strategy, (self.trained, self.evaluated))
             if self.options["compile"]:
                 self.compile()
             self._finds_batch_size = finds_batch_size(self.trainer)
@@ -311,6 +314,7 @@ class Method(LightningModule):
             check_length(self.trainer, self.options)
             check_saving(self.trainer)
         warn_of_local_batch_norms(self.trainer, self.trained)
+        warn_of_slow_precision(self.trainer)
         self.trained.train()  # whatever mode it came in: in evaluation mode it would have no drop path
         self.begin_run()
         if self._seed is None:

@@ -155,6 +155,22 @@ def check_saving(trainer: Trainer) -> None:
         )
 
 
+def warn_of_slow_precision(trainer: Trainer) -> None:
+    """Half precisions that a GPU computes slowly."""
+    device = trainer.strategy.root_device
+    if device.type != "cuda" or not trainer.precision.startswith("bf16"):
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        log.warning(
+            "%s has no units for bfloat16 (compute capability %d.%d, it takes 8.0): precision=%r is slow there; use --trainer.precision "
+            "16-mixed",
+            torch.cuda.get_device_name(device),
+            *capability,
+            trainer.precision,
+        )
+
+
 def warn_of_local_batch_norms(trainer: Trainer, student: nn.Module) -> None:
     """Batch norms of several devices should share their statistics, as in the reference."""
     local = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in student.modules())
