@@ -1,6 +1,9 @@
 """What training costs, on paper: each formula against what the real networks do."""
 
 import itertools
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino_lightning import DINOHead, VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
 from dino_lightning.cli import main
-from dino_lightning.evaluation.devices import DEVICES, device_called
+from dino_lightning.evaluation.gpus import DEVICES, device_called
 from dino_lightning.evaluation.estimate import Head, ViT, network_seconds, ring_bytes
 from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.methods import method_class
@@ -124,3 +127,48 @@ def test_a_step_of_the_real_networks(method):
     parameters = sum(p.numel() for p in module.student.parameters())
     assert run.step.parameters == run.step.teacher == parameters
     assert run.step.gradient_bytes == 4 * sum(p.numel() for p in module.student.parameters() if p.requires_grad)
+
+
+# A training step in a process of its own, twice: by how many bytes it grew at most. Linux only.
+GROWTH = """
+import sys
+import torch
+from dino_lightning import DINOHead, DINOLoss
+from dino_lightning.backbones import build
+from dino_lightning.methods.networks import Network, Teacher
+from dino_lightning.training.optim import build_optimizer, param_groups
+
+def peak():
+    with open("/proc/self/status") as status:
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+name, batch, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+(torch.rand(64, 64, requires_grad=True) @ torch.rand(64, 64)).sum().backward()  # what the first product of a process loads
+before = peak()
+student = Network(build(name), DINOHead(build(name).embed_dim, k))
+teacher = Teacher(student)
+loss = DINOLoss(k)
+optimizer = build_optimizer("adamw", param_groups(student, 0.04), fused=True)
+for _ in range(2):
+    views = [torch.rand(batch, 3, 224, 224)] * 2 + [torch.rand(batch, 3, 96, 96)] * 4
+    with torch.no_grad():
+        targets = teacher(views[:2])
+    loss(student(views), targets, 0.04).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    teacher.follow(student, 0.99)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("name", "batch", "k"), [("vit_tiny", 16, 4096), ("vit_small", 8, 4096), ("vit_tiny", 8, 65536)])
+def test_a_process_grows_as_estimated(name, batch, k):
+    options = ["--model.backbone", name, "--model.out_dim", str(k), "--data.batch_size", str(batch), "--data.local_crops_number", "4"]
+    expected = run_of(options).step.memory().total
+    command = [sys.executable, "-c", GROWTH, name, str(batch), str(k)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
+    print(f"{name}, {batch} images, K = {k}: {grown / 2**20:.0f} MiB measured, {expected / 2**20:.0f} estimated ({expected / grown:.2f})")
+    assert expected == pytest.approx(grown, rel=0.15)

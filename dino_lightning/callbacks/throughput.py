@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning.evaluation.devices import device_called, dtype_of
+from dino_lightning.evaluation.gpus import device_called, dtype_of
 from dino_lightning.methods.networks import split_views
 
 _SECONDS = 2.0  # between two readings
@@ -16,7 +16,7 @@ _SECONDS = 2.0  # between two readings
 class Throughput(Callback):
     """Logs, as means over two seconds or more: ``train/images_per_s`` over all devices; ``train/data_wait``, the share of the time
     in which a batch is waited for (with another data module than ours, and moved); ``train/tflops``, 10¹² floating-point
-    operations a second and device; and ``train/mfu``, these as a share of what the device could do, where ``evaluation.devices`` knows that.
+    operations a second and device; and ``train/mfu``, these as a share of what the device could do, where ``evaluation.gpus`` knows that.
 
     It reads the host's clock only: a device that lags behind by some steps is not waited for. Validation is left out.
     """
@@ -76,5 +76,5 @@ def peak_of(name: str, precision: str) -> float | None:
     known, dtype = device_called(name), dtype_of(precision)
     peak = known.peak(dtype, tf32=torch.get_float32_matmul_precision() != "highest") if known else None
     if peak is None:
-        rank_zero_info("no train/mfu in this run: the peak of %s in %s is not in dino_lightning.evaluation.devices", name, dtype)
+        rank_zero_info("no train/mfu in this run: the peak of %s in %s is not in dino_lightning.evaluation.gpus", name, dtype)
     return peak

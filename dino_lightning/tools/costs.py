@@ -21,7 +21,7 @@ from dino_lightning.data.image_folder import find_splits
 from dino_lightning.door.commands import said
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
-from dino_lightning.evaluation.devices import dtype_of
+from dino_lightning.evaluation.gpus import dtype_of
 from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
 from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.listing import list_images

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from dino_lightning.evaluation.devices import Device, device
+from dino_lightning.evaluation.gpus import Device, device
 from dino_lightning.evaluation.estimate import Memory, compute_seconds, data_seconds, network_seconds, workers_needed
 from dino_lightning.tools.costs import Run, run_of
 
