@@ -1,24 +1,27 @@
 """What training costs, on paper: each formula against what the real networks do."""
 
 import itertools
-import json
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_lightning import DINOHead, VisionTransformer
+from dino_lightning import DINOHead, DINOLoss, VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
 from dino_lightning.cli import main
+from dino_lightning.backbones import build
+from dino_lightning.evaluation.estimate import Head, ViT, optimizer_bytes, ring_bytes
 from dino_lightning.evaluation.gpus import DEVICES, device_called
-from dino_lightning.evaluation.estimate import Head, ViT, network_seconds, ring_bytes
 from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.methods import method_class
+from dino_lightning.methods.dinov2 import _look
 from dino_lightning.tools.costs import run_of
-from dino_lightning.tools.estimate import estimated
+from dino_lightning.tools.estimate import ROOM, estimate
 
 VITS = {
     "tiny": {"embed_dim": 192, "num_heads": 3, "depth": 3},
@@ -111,7 +114,6 @@ def test_a_step_of_the_real_networks(method):
     rows = None
     if method == "dinov2":
         rows = torch.arange(4 * round(2 * 16 * 0.5 * 0.3))  # as many patches as are masked on average
-        from dino_lightning.methods.dinov2 import _look
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if method == "dino":
             with torch.no_grad():
@@ -127,6 +129,131 @@ def test_a_step_of_the_real_networks(method):
     parameters = sum(p.numel() for p in module.student.parameters())
     assert run.step.parameters == run.step.teacher == parameters
     assert run.step.gradient_bytes == 4 * sum(p.numel() for p in module.student.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_autograd_keeps_of_a_step(half):
+    """All but what the backward pass adds: DINO's student, logits and loss. The batch is not kept by autograd under autocast."""
+    precision = ["--trainer.precision", "bf16-mixed"] if half else []
+    step = run_of(["--model.backbone", "vit_tiny", "--model.out_dim", "1024", *VIEWS, "--data.batch_size", "4", *precision]).step
+    module = method_class("dino")("vit_tiny", img_size=64, out_dim=1024, drop_path_rate=0.0)
+    views, teacher_logits = [torch.rand(4, 3, 64, 64)] * 2 + [torch.rand(4, 3, 32, 32)] * 4, torch.rand(8, 1024)
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return DINOLoss(1024)(module.student(views), teacher_logits, 0.04)
+
+    memory = step.memory()
+    scores = sum(count * 4 * 11 * 3 * tokens * (2 * tokens - 4) for count, tokens in ((2, 17), (4, 5)))  # not fused on a CPU in bfloat16
+    gradient, teacher = 4 * 6 * 4 * 1024, 4 * 2 * 4 * 1024  # which autograd does not keep
+    expected = memory.activations + memory.half_weights + memory.logits + memory.loss - gradient - teacher + half * scores
+    assert kept_bytes(module.student, call) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_cnn_is_counted_without_being_run():
+    network, images = build("resnet18"), torch.rand(2, 3, 64, 64)
+    kept = kept_bytes(network, lambda: network(images))
+    options = ["--model.backbone", "resnet18", "--model.out_dim", "64", "--data.global_crops_size", "64", "--data.local_crops_number", "0"]
+    run = run_of(options)
+    head = Head((512, 2048, 2048, 256), 64)
+    assert run.counted and run.step.activation_bytes == pytest.approx(kept + 2 * head.activations(4), rel=0.01)
+    module = method_class("dino")("resnet18", out_dim=64)
+    assert run.step.flops == module.flops_per_image([torch.rand(1, 3, 64, 64)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ("cifar10", "VisionTransformer/4, crops 2 × 32×32, 8 × 16×16, K = 4096, bfloat16"),
+        ("quickstart", "16,384 images in all epochs"),  # its generated scenes, eight times
+        ("resnet50", "a rough guess"),
+        ("dinov2_warm_start", "DINOv2, dinov2_vits14/14, crops 2 × 224×224, 8 × 98×98, K = 4096, 4096"),
+    ],
+)
+def test_recipes_are_estimated(recipe, said, capsys):
+    main(["estimate", "--config", recipe])
+    assert said in capsys.readouterr().out
+
+
+def test_what_the_command_says(capsys, tmp_path):
+    args = ["--config", "vit_base", "--data.batch_size", "512", "--trainer.accumulate_grad_batches", "2"]
+    found = estimate(*args, gpu="rtx4090", devices=4, images=1000, mfu=0.5)
+    step, out = found.run.step, capsys.readouterr().out
+    assert f"DOES NOT FIT: 512 images a device; the largest number that does is {found.largest_batch} " in out
+    room = ROOM * 24 * 2**30
+    assert step._replace(batch=found.largest_batch).memory().total <= room < step._replace(batch=found.largest_batch + 1).memory().total
+    assert step.images == 4096 and found.seconds["compute"] == pytest.approx(1024 * step.flops / (0.5 * 165.2e12))
+    assert found.images_per_s == pytest.approx(4096 / found.seconds["compute"]) and found.bound == "compute"
+    assert found.hours == pytest.approx(300 * 1000 / found.images_per_s / 3600)
+    assert found.workers == -(-found.images_per_s / 4 * 4.4 // 1000)
+    assert found.seconds["network"] == pytest.approx(1.5 * (4 * step.trainable + 4 * 65538) / 32e9)  # PCIe: 256 Gb/s
+    assert step.memory().optimizer == optimizer_bytes(step.trainable, "adamw") == 2 * optimizer_bytes(step.trainable, "lars")
+    # As many devices more as the network lets: there, and no further.
+    small = ["--config", "vit_small", "--data.batch_size", "8", "--trainer.devices", "64"]
+    far = estimate(*small, link_gbps=400.0)
+    assert far.bound == "network" and far.most_devices < 64
+    last = estimate(*small[:3], str(512 // far.most_devices), devices=far.most_devices, link_gbps=400.0)
+    assert last.seconds["network"] < 1.1 * last.seconds["compute"]
+    assert estimate(*small, "--data.num_workers", "1", worker_ms=100.0).bound == "data"
+
+
+def test_wrong_assumptions_are_refused():
+    for arguments, message in (
+        ({"gpu": "h1000"}, "unknown gpu 'h1000'; there are v100-16, v100-32, t4,"),
+        ({"mfu": 35.0}, "mfu is a share of the peak, at most 1, got 35.0"),
+        ({"worker_ms": 0.0}, "worker_ms must be positive, got 0.0"),
+        ({"devices": 0}, "devices must be at least 1, got 0"),
+        ({"gpu": "t4"}, "T4 has no known speed in bfloat16; estimate with --trainer.precision 16-mixed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate("--config", "vit_tiny", **arguments)
+    with pytest.raises(ValueError, match="patch size 16 does not divide the image size 90×90"):
+        estimate("--data.local_crops_size", "90")
+
+
+def test_ring():
+    assert [ring_bytes(100, n) for n in (1, 2, 4)] == [0, 100, 150]
+
+
+CALLED = {
+    "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H200": "h200", "NVIDIA B200": "b200", "NVIDIA L40S": "l40s",
+    "NVIDIA L4": "l4", "NVIDIA A10": "a10", "Tesla T4": "t4", "Tesla V100-SXM2-32GB": "v100-32", "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80", "NVIDIA A100-PCIE-40GB": "a100-40", "NVIDIA RTX A6000": "a6000",
+    "NVIDIA GeForce RTX 3090": "rtx3090", "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA GeForce RTX 5090": "rtx5090",
+}  # fmt: skip
+RELATIVES = (
+    "NVIDIA H100 NVL", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA L40", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 3090 Ti", "NVIDIA RTX 6000 Ada Generation", "Tesla V100-PCIE-16GB",
+)  # fmt: skip
+
+
+def test_gpus_are_known_by_their_names():
+    for name, key in CALLED.items():
+        assert device_called(name) is DEVICES[key], name
+    assert {*CALLED.values(), "v100-16"} == set(DEVICES)
+    assert [name for name in RELATIVES if device_called(name)] == []
+    for gpu in DEVICES.values():
+        assert gpu.has_bfloat16 == (gpu.peak(torch.bfloat16) is not None) and gpu.peak(torch.float16) == gpu.half * 1e12
+        assert gpu.source.startswith("NVIDIA data sheet, ")
+        assert gpu.peak(torch.float32) is None or gpu.peak(torch.float32) <= gpu.peak(torch.float32, tf32=True) < gpu.half * 1e12
+
+
+SCALING = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
+
+
+def test_the_page_is_what_the_formulas_say():
+    """Of the page a network and of the README a recipe; all of both in the slow test."""
+    scaling, page = runpy.run_path(str(SCALING)), SCALING.with_suffix(".md").read_text()
+    assert all(row in page for row in scaling["rows_of"]("DINO ViT-S/16"))
+    readme = SCALING.parents[1].joinpath("README.md").read_text()
+    assert all(row in readme for row in scaling["readme"](["vit_small"]))
+
+
+@pytest.mark.slow
+def test_the_whole_page_is_what_the_formulas_say():
+    scaling = runpy.run_path(str(SCALING))
+    assert scaling["page"]() == SCALING.with_suffix(".md").read_text()
+    assert "\n".join(scaling["readme"]()) in SCALING.parents[1].joinpath("README.md").read_text()
 
 
 # A training step in a process of its own, twice: by how many bytes it grew at most. Linux only.
