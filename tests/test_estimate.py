@@ -134,19 +134,20 @@ def test_a_step_of_the_real_networks(method):
 @pytest.mark.parametrize("half", [False, True])
 def test_what_autograd_keeps_of_a_step(half):
     """All but what the backward pass adds: DINO's student, logits and loss. The batch is not kept by autograd under autocast."""
+    k = 65536
     precision = ["--trainer.precision", "bf16-mixed"] if half else []
-    step = run_of(["--model.backbone", "vit_tiny", "--model.out_dim", "1024", *VIEWS, "--data.batch_size", "4", *precision]).step
-    module = method_class("dino")("vit_tiny", img_size=64, out_dim=1024, drop_path_rate=0.0)
-    views, teacher_logits = [torch.rand(4, 3, 64, 64)] * 2 + [torch.rand(4, 3, 32, 32)] * 4, torch.rand(8, 1024)
+    step = run_of(["--model.backbone", "vit_tiny", "--model.out_dim", str(k), *VIEWS, "--data.batch_size", "4", *precision]).step
+    module = method_class("dino")("vit_tiny", img_size=64, out_dim=k, drop_path_rate=0.0)
+    views, teacher_logits = [torch.rand(4, 3, 64, 64)] * 2 + [torch.rand(4, 3, 32, 32)] * 4, torch.rand(8, k)
 
     def call():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return DINOLoss(1024)(module.student(views), teacher_logits, 0.04)
+            return DINOLoss(k)(module.student(views), teacher_logits, 0.04)
 
     memory = step.memory()
     scores = sum(count * 4 * 11 * 3 * tokens * (2 * tokens - 4) for count, tokens in ((2, 17), (4, 5)))  # not fused on a CPU in bfloat16
-    gradient, teacher = 4 * 6 * 4 * 1024, 4 * 2 * 4 * 1024  # which autograd does not keep
-    expected = memory.activations + memory.half_weights + memory.logits + memory.loss - gradient - teacher + half * scores
+    gradient, teacher, norms = 4 * 6 * 4 * k, 4 * 2 * 4 * k, 4 * k  # autograd keeps neither of the first two, and the prototypes' norms
+    expected = memory.activations + memory.half_weights + memory.logits + memory.loss - gradient - teacher + norms + half * scores
     assert kept_bytes(module.student, call) == pytest.approx(expected, rel=0.02)
 
 
