@@ -1,10 +1,11 @@
-"""Time and extra memory of the loss at K = 65,536 against the plain form: pair by pair, as in the paper's pseudocode.
+"""Time and extra memory of the loss at K = 65,536, forward and backward: ours, pair by pair as in the paper's pseudocode, others'.
 
-    python benchmarks/loss.py [--batch 64] [--views 10] [--rounds 3]
+    python benchmarks/loss.py [--batch 64] [--views 10] --reference PATH --lightly
     python benchmarks/loss.py --masked 512     # iBOT's loss of so many masked patches, against its plain form
 
-Each variant runs in a fresh process, forward and backward, float32, one thread. Extra memory is the growth of the
-process's peak resident size (VmHWM) over the logits that exist before. Linux only.
+Each variant runs in fresh processes, float32, one thread, with the variants in alternating order. Extra memory is the growth of the
+process's peak resident size (VmHWM) over the logits that exist before; the time is the best of three calls after the first. Linux only.
+Before that, loss and gradient of ours and of the reference must agree in float64.
 """
 
 import argparse
@@ -14,10 +15,12 @@ import sys
 import time
 
 import torch
+from others import import_reference, single_process_group
+from pairing import compare, interleaved, parser, peak_mb, save
 
 from dino_lightning.losses import DINOLoss, IBOTLoss
 
-VARIANTS = ("plain", "ours")
+CPU = torch.device("cpu")
 
 
 def pairwise(student, teacher, center, temp):
@@ -38,16 +41,21 @@ def patchwise(student, targets, masks):
     return (torch.sum(-targets * torch.log_softmax(student / 0.1, dim=-1), dim=-1) * weights).sum() / len(masks)
 
 
-def peak_mb():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
-
-
-def dino(variant, batch, n_views, k):
+def dino(variant, batch, n_views, k, path, dtype=torch.float32):
     """The logits to differentiate, and the loss of them."""
-    student, teacher = torch.randn(n_views * batch, k).mul_(0.1).requires_grad_(), torch.randn(2 * batch, k).mul_(0.1)
+    student, teacher = (torch.randn(n * batch, k, dtype=dtype).mul_(0.1) for n in (n_views, 2))
+    student.requires_grad_()
     if variant == "ours":
-        return student, functools.partial(DINOLoss(k).eval(), student, teacher, 0.04)
+        return student, functools.partial(DINOLoss(k).to(dtype), student, teacher, 0.04)
+    if variant == "reference":
+        single_process_group()
+        loss = import_reference(path)["main_dino"].DINOLoss(k, n_views, 0.04, 0.04, 0, 100).to(dtype)
+        return student, functools.partial(loss, student, teacher, 0)
+    if variant == "lightly":
+        from lightly.loss import DINOLoss as Theirs
+
+        loss = Theirs(output_dim=k, warmup_teacher_temp_epochs=5)
+        return student, lambda: loss(list(teacher.chunk(2)), list(student.chunk(n_views)), epoch=5)
     return student, functools.partial(pairwise, student, teacher, torch.zeros(1, k), 0.04)
 
 
@@ -59,31 +67,63 @@ def ibot(variant, masked, k):
     return student, functools.partial(IBOTLoss() if variant == "ours" else patchwise, student, targets, masks)
 
 
-def measure(variant, batch, n_views, masked, k=65536, steps=4):
+def measure(args, k=65536, steps=4):
+    """Prints the milliseconds of a call and the extra megabytes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    student, loss_fn = ibot(variant, masked, k) if masked else dino(variant, batch, n_views, k)
-    before, times = peak_mb(), []
+    if args.masked:
+        student, loss_fn = ibot(args.only, args.masked, k)
+    else:
+        student, loss_fn = dino(args.only, args.batch, args.views, k, args.reference)
+    before, times = peak_mb(CPU), []
     for _ in range(steps):
         start = time.perf_counter()
         loss_fn().backward()
         times.append(time.perf_counter() - start)
         student.grad = None
-    print(f"{variant:10}{times[0] * 1e3:10.0f}{min(times[1:]) * 1e3:12.0f}{peak_mb() - before:14.0f}")
+    print(min(times[1:]) * 1e3, peak_mb(CPU) - before)
+
+
+def gate(args, tolerance=1e-6):
+    """Ends the program if loss or gradient differ from the reference's in float64."""
+    found = []
+    for variant in ("ours", "reference"):
+        torch.manual_seed(0)
+        student, loss_fn = dino(variant, 3, args.views, 4096, args.reference, torch.float64)
+        loss = loss_fn()
+        loss.backward()
+        found.append((loss.item(), student.grad))
+    (own, own_gradient), (other, other_gradient) = found
+    worst = max(abs(own / other - 1), ((own_gradient - other_gradient).norm() / other_gradient.norm()).item())
+    print(f"float64: loss and gradient differ from the reference's by {worst:.1e}")
+    if not worst <= tolerance:
+        raise SystemExit(f"no timing: that is more than {tolerance:.0e}")
+    return worst
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--views", type=int, default=10)
-    parser.add_argument("--masked", type=int, default=0, help="time iBOT's loss of so many masked patches instead")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--variant", choices=VARIANTS, help="measure this one in this process")
-    args = parser.parse_args()
-    if args.variant:
-        measure(args.variant, args.batch, args.views, args.masked)
-    else:
-        print(f"{'variant':10}{'first ms':>10}{'steady ms':>12}{'extra MB':>14}", flush=True)
-        for i in range(args.rounds):
-            for variant in VARIANTS if i % 2 == 0 else reversed(VARIANTS):
-                subprocess.run([sys.executable, *sys.argv, "--variant", variant], check=True)
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch", type=int, default=64)
+    arguments.add_argument("--views", type=int, default=10)
+    arguments.add_argument("--masked", type=int, default=0, help="time iBOT's loss of so many masked patches instead")
+    arguments.add_argument("--only", help=argparse.SUPPRESS)
+    args = arguments.parse_args()
+    if args.only:
+        measure(args)
+        sys.exit()
+    names = ["ours", "plain"]
+    results = {}
+    if not args.masked:
+        names += ["reference"] * (args.reference is not None) + ["lightly"] * args.lightly
+        results = {"gate": gate(args)} if args.reference else {}
+
+    def run(name):
+        command = [sys.executable, *sys.argv, "--only", name]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-2:]
+
+    found = interleaved({name: functools.partial(run, name) for name in names}, args.rounds)
+    title = f"{args.masked} masked patches" if args.masked else f"batch {args.batch}, {args.views} views"
+    for i, (what, unit) in enumerate((("time", "ms"), ("extra memory", "MB"))):
+        column = {name: [float(values[i]) for values in rows] for name, rows in found.items()}
+        results[what] = {"summary": compare(f"{what} of the loss, K = 65,536, {title}, float32", column, unit), "rounds": column}
+    save(args.json, results)

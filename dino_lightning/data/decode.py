@@ -25,6 +25,7 @@ not open, or not whole, is better saved as .npy: it keeps the top 8 bits of 16-b
 TIFF with bands beside RGB it drops them or takes the fourth for alpha, as the file's tags say.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
+
+from dino_lightning.data import jpeg
 
 _HIGH_BIT_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 _EXPANDED_MODES = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
@@ -71,15 +74,19 @@ def read_image(path: str | os.PathLike[str], in_chans: int = 3) -> np.ndarray:
     (a ValueError) for an intact image of another number of channels.
     """
     name = os.fspath(path)
-    # PIL gets the open file rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles
-    # one that its orientation tag turns by a quarter (seen in Pillow 13.0).
-    with _errors_naming(name), open(name, "rb") as file:
+    # PIL gets the bytes rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles one
+    # that its orientation tag turns by a quarter (seen in Pillow 13.0). One read is also faster than its many.
+    with _errors_naming(name):
+        with open(name, "rb") as file:
+            data = file.read()
         if name.lower().endswith(".npy"):
             # Unlike np.load this never takes a zip archive or a pickle for an array.
-            data = np.lib.format.read_array(file, allow_pickle=False)
-            return _from_array(data, in_chans, channel_axes=(-1, 0))
-        with Image.open(file) as image:
-            return _from_pil(image, in_chans)
+            return _from_array(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False), in_chans, channel_axes=(-1, 0))
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = jpeg.decode(data, image.mode) if image.format == "JPEG" else None
+            if pixels is None:
+                return _from_pil(image, in_chans)
+            return _from_array(_turned(pixels, _orientation(image)), in_chans, channel_axes=(-1,))
 
 
 def as_array(image: Image.Image | torch.Tensor | np.ndarray, in_chans: int = 3) -> np.ndarray:
@@ -147,11 +154,23 @@ def _pages(image: Image.Image, in_chans: int) -> np.ndarray | None:
 def _upright(image: Image.Image) -> Image.Image:
     """Like ImageOps.exif_transpose, but without the copy when there is nothing to do and indifferent to bad EXIF."""
     image.load()  # before asking for EXIF: in a PNG it may follow the pixels
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged metadata around intact pixels
-        return image
+    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged metadata around intact pixels
+        return None
+
+
+def _turned(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """Upright pixels (H, W, C) of those of a file."""
+    if orientation not in _UPRIGHT:
+        return pixels
+    turned = np.array(Image.fromarray(pixels.squeeze()).transpose(_UPRIGHT[orientation]))
+    return turned.reshape(*turned.shape[:2], pixels.shape[2])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -77,7 +77,7 @@ class MultiCrop:
         for view in range(self.n_views):
             random = generator(*key, view)
             crops.append(self._crop(pixels, view, random))
-            self._decide_paint(recipe[view], view, random)
+            recipe[view] = self._decide_paint(view, random)
         return crops, recipe
 
     def _crop(self, pixels: Tensor, view: int, random: np.random.Generator) -> Tensor:
@@ -89,19 +89,17 @@ class MultiCrop:
         flips = [dim for dim, p in ((-1, self.hflip_p), (-2, self.vflip_p)) if random.random() < p]
         return crop.flip(flips) if flips else crop
 
-    def _decide_paint(self, recipe: np.void, view: int, random: np.random.Generator) -> None:
-        """Fills one record. Every number is drawn every time, so that one option does not change the draws of another."""
-        jitter, gray, blur, solarize = random.random(4)
+    def _decide_paint(self, view: int, random: np.random.Generator) -> tuple:
+        """One record. Every number is drawn every time, so that one option does not change the draws of another."""
+        jitter, gray, blur, solarize = random.random(4).tolist()
+        order = random.permutation(4)
         strength = np.asarray(self.color_jitter)
-        recipe["order"] = random.permutation(4)
-        factors = random.uniform(-strength, strength)
+        *factors, hue = random.uniform(-strength, strength).tolist()
         sigma = random.uniform(*self.blur_sigma)
-        recipe["jitter"] = jitter < self.jitter_p
-        recipe["brightness"], recipe["contrast"], recipe["saturation"] = np.maximum(0, 1 + factors[:3])
-        recipe["hue"] = factors[3]
-        recipe["gray"] = gray < self.grayscale_p
-        recipe["blur_sigma"] = sigma if blur < self.blur_p[min(view, 2)] else 0
-        recipe["solarize"] = view == 1 and solarize < self.solarize_p
+        brightness, contrast, saturation = (max(0.0, 1 + factor) for factor in factors)
+        sigma = sigma if blur < self.blur_p[min(view, 2)] else 0
+        solarizes = view == 1 and solarize < self.solarize_p
+        return jitter < self.jitter_p, order, brightness, contrast, saturation, hue, gray < self.grayscale_p, sigma, solarizes
 
 
 def crop_box(

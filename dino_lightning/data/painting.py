@@ -14,6 +14,7 @@ Pillow built with fused multiply-add (the compiler's choice on other processors)
 rounding of a whole number to its neighbour. The normalised floats may be off in the last bit on a GPU.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -169,7 +170,8 @@ def _brightness(image: Tensor, factor: Tensor) -> None:
 def _contrast(image: Tensor, factor: Tensor) -> None:
     gray = _luma(image) if image.shape[1] == 3 else image
     count = gray[0].numel()
-    total = gray.sum((1, 2, 3), dtype=_wide(image.device), keepdim=True)
+    # Below 2**24 float32 adds whole numbers exactly, in any order.
+    total = gray.sum((1, 2, 3), dtype=torch.float32 if 255 * count < 1 << 24 else _wide(image.device), keepdim=True)
     _blend(image, torch.floor_divide(total + count / 2, count).float(), factor)  # int(mean + 0.5)
 
 
@@ -184,7 +186,7 @@ def _blend(image: Tensor, base: Tensor, factor: Tensor) -> None:
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    """What is exact for sums; Apple's GPUs have no float64, and a few hues may be a level off there."""
+    """What is exact for sums; Apple's GPUs have no float64, and the contrast of large images may be a level off there."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -199,9 +201,11 @@ def _luma(image: Tensor) -> Tensor:
 
 def _hue(image: Tensor, shift: Tensor) -> None:
     """Add `shift` (0..255, of 256) to PIL's 8-bit hue and convert back; every rounding of PIL's is reproduced."""
-    value = image.amax(1, keepdim=True)  # (n, 1, H, W), as all planes here
-    span = value - image.amin(1, keepdim=True)
-    hue = _hue_turns(image, value, span).mul_(255).floor_().add_(shift).remainder_(256)
+    red, green, blue = image.split(1, dim=1)  # (n, 1, H, W), as all planes here
+    value = torch.maximum(torch.maximum(red, green), blue)
+    span = value - torch.minimum(torch.minimum(red, green), blue)
+    hue = _hue_levels(red, green, blue, value, span).add_(shift)
+    hue.sub_(hue.mul(1 / 256).floor_(), alpha=256)
     saturation = span.mul_(255).div_(value.clamp(min=1)).floor_()
 
     # A channel loses value * saturation / 255 in full at and beyond a third of a turn from its own hue, and nothing up
@@ -211,17 +215,31 @@ def _hue(image: Tensor, shift: Tensor) -> None:
     fall.mul_(saturation.mul_(value).mul_(1 / 255**2)).add_(value.add_(0.5)).floor_()
 
 
-def _hue_turns(image: Tensor, value: Tensor, span: Tensor) -> Tensor:
-    """The hue of (n, 3, H, W) in turns, 0..1, (n, 1, H, W) float32, rounded where PIL's C code rounds."""
-    red, green, _ = image.split(1, dim=1)
-    # float32 quotients, then sums in float64, then float32 again: in C the constants 2.0 and 4.0 are doubles, and
-    # rounding the sums twice would move some hues to the neighbouring level.
-    from_red, from_green, from_blue = ((value - image) / span.clamp(min=1)).to(_wide(image.device)).split(1, dim=1)
-    sixths = torch.where(red == value, from_blue - from_green,
-                         torch.where(green == value, 2 + from_red - from_blue, 4 + from_green - from_red))
-    # The divisor is a tensor because CUDA multiplies by the reciprocal of a number, which rounds otherwise.
-    turns = sixths.float().div_(torch.full((), 6.0, device=image.device))
-    return turns.sub_(turns.floor())
+def _hue_levels(red: Tensor, green: Tensor, blue: Tensor, value: Tensor, span: Tensor) -> Tensor:
+    """PIL's 8-bit hue, (n, 1, H, W) float32, looked up by the largest channel, the difference of the others, and the span."""
+    # Sums and products of whole numbers below 2**24, which are exact: `torch.where` takes ten times as long on a CPU.
+    not_red, not_green = ((value - channel).clamp_(max=1) for channel in (red, green))  # 0 or 1
+    if_red, if_green, if_blue = green - blue, blue - red, red - green
+    others = torch.addcmul(if_green, not_green, if_blue.sub_(if_green))
+    others = torch.addcmul(if_red, not_red, others.sub_(if_red))
+    row = others.add_(not_green.add_(1).mul_(not_red), alpha=511).add_(255)
+    index = row.mul_(256).add_(span).int()
+    return _hue_table(red.device).index_select(0, index.flatten()).view_as(red)
+
+
+@functools.cache
+def _hue_table(device: torch.device) -> Tensor:
+    """PIL's hue, float32, for each (largest channel, difference of the other two from -255 on, span), 3 × 511 × 256 in a row."""
+    largest = torch.arange(3).view(3, 1, 1)
+    difference = torch.arange(-255, 256).view(1, 511, 1)
+    span = torch.arange(256).view(1, 1, 256)
+    # Of the two others one is the span below the largest, the other, by which they differ, less. Quotients are float32,
+    # their sums float64, then float32 again: in C the constants 2.0 and 4.0 are doubles, and rounding the sums twice
+    # would move some hues to the neighbouring level.
+    below = [(span + part) / span.clamp(min=1) for part in (difference.clamp(max=0), -difference.clamp(min=0))]
+    sixths = (2 * largest + below[0].double()) - below[1].double()
+    turns = sixths.float() / 6
+    return (turns - turns.floor()).mul(255).floor().flatten().to(device)
 
 
 def _gray(image: Tensor, _: Tensor) -> None:
@@ -293,9 +311,9 @@ def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequen
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != shape[1]:
             raise ValueError(f"{name} has {len(values)} entries, but the crops have {shape[1]} channels: give one each")
-    for order in recipe["order"][recipe["jitter"]]:
-        if sorted(order) != [0, 1, 2, 3]:
-            raise ValueError(f"order must be a permutation of 0, 1, 2, 3, got {order.tolist()}: sample a permutation")
+    orders = recipe["order"][recipe["jitter"]]
+    for order in orders[(np.sort(orders, axis=1) != np.arange(4)).any(axis=1)]:
+        raise ValueError(f"order must be a permutation of 0, 1, 2, 3, got {order.tolist()}: sample a permutation")
     for name in ("brightness", "contrast", "saturation", "hue", "blur_sigma"):
         for number in recipe[name][~np.isfinite(recipe[name])]:
             raise ValueError(f"{name} must be finite, got {number}: to leave it out give 1 (hue, blur_sigma: 0)")

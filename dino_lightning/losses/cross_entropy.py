@@ -75,11 +75,16 @@ class _CrossEntropy(torch.autograd.Function):
 def _chunks(student_logits: Tensor, targets: Tensor, pairs: Pairs) -> Iterator[tuple[slice, Tensor, int]]:
     """Rows of the student's logits, what they are compared with (rows, K), and how many distributions that adds up."""
     n = len(student_logits) // len(pairs)
-    step = max(1, (_CPU_CHUNK if targets.device.type == "cpu" else _CHUNK) // targets.shape[1])
     sums = {
         blocks: functools.reduce(torch.add, [targets[i * n : (i + 1) * n] for i in blocks]) for blocks in set(pairs)
     }  # a single block is not copied
     for i, blocks in enumerate(pairs):
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            yield slice(i * n + start, i * n + stop), sums[blocks][start:stop], len(blocks)
+        for rows in row_chunks(n, targets):
+            yield slice(i * n + rows.start, i * n + rows.stop), sums[blocks][rows], len(blocks)
+
+
+def row_chunks(rows: int, like: Tensor) -> Iterator[slice]:
+    """Slices of so many rows, each as wide as those of ``like`` (n, K), for temporaries of a size that suits its device."""
+    step = max(1, (_CPU_CHUNK if like.device.type == "cpu" else _CHUNK) // like.shape[1])
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dino_lightning.losses.cross_entropy import cross_entropy
+from dino_lightning.losses.cross_entropy import cross_entropy, row_chunks
 from dino_lightning.losses.precision import full
 from dino_lightning.losses.ranks import all_reduce
 
@@ -50,10 +50,8 @@ class DINOLoss(nn.Module):
         """
         self._check(student_logits, teacher_logits, teacher_temp)
         with torch.no_grad():
-            log_p = torch.log_softmax((full(teacher_logits) - self.center) / teacher_temp, dim=-1)
-            p = log_p.exp()  # (2·B, K)
-            self.teacher_entropy = -(p * log_p).sum(dim=-1).mean()
-            del log_p
+            p, entropies = self._targets(teacher_logits, teacher_temp)  # (2·B, K), (2·B,)
+            self.teacher_entropy = entropies.mean()
         loss = sum(dino_terms(student_logits, p, self.student_temp))
         if self.training:
             self._record(teacher_logits, loss.detach())
@@ -83,6 +81,16 @@ class DINOLoss(nn.Module):
     def reset(self) -> None:
         """Forgets what was recorded since the last commit, as when a new run begins."""
         self._pending = None
+
+    def _targets(self, teacher_logits: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+        """The teacher's distributions (2·B, K), and their entropies (2·B,) in nats; temporaries are as small as a chunk of rows."""
+        p = torch.empty_like(teacher_logits, dtype=torch.promote_types(full(teacher_logits[:0]).dtype, self.center.dtype))
+        entropies = p.new_empty(len(p))
+        for rows in row_chunks(len(p), p):
+            log_p = torch.log_softmax((full(teacher_logits[rows]) - self.center).div_(temp), dim=-1)
+            torch.exp(log_p, out=p[rows])
+            entropies[rows] = log_p.mul_(p[rows]).sum(dim=-1).neg_()
+        return p, entropies
 
     @torch.no_grad()
     def _record(self, teacher_logits: Tensor, loss: Tensor) -> None:

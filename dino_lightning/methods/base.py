@@ -298,7 +298,7 @@ class Method(LightningModule):
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
             settle(self.trainer.strategy, (self.trained, self.evaluated))
-            if self.options["compile"]:
+            if self.options.get("compile"):
                 self.compile()
             self._finds_batch_size = finds_batch_size(self.trainer)
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one that the user chose
