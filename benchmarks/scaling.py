@@ -74,7 +74,7 @@ PUBLISHED = [
     _paper(10, 24.2, "15.4 GB"),
     Published(
         "ViT-S/16, 100 epochs, 2 + 8 crops", ["--trainer.precision", "16-mixed"], "v100-32", 8, 100 * 2502 * 512, 2502 * 100 * 0.617 / 3600,
-        "13,871 MB", "dino#69: 0.617 s a step",
+        "13,871 MB", "dino#69 (GPUs taken for V100s): 0.617 s a step",
     ),
     Published(
         "DINOv2 ViT-L/16, 125,000 steps", [*_DINOV2, "--data.batch_size", "64"], "a100-80", 32, 125_000 * 2048, 24, "–",
@@ -173,8 +173,9 @@ def readme(names: Iterable[str] = README) -> list[str]:
 def page() -> str:
     return f"""# Scale on paper
 
-**Estimates. Nothing here was run on a GPU.** Made by `python benchmarks/scaling.py` from the formulas of `dino-lightning estimate`
-(`dino_lightning/evaluation/estimate.py`), which tests compare with counted operations and with what autograd keeps. One row by itself:
+**Estimates. Nothing here was run on a GPU.** Made by `python benchmarks/scaling.py` from the formulas of `dino-lightning
+estimate` (`dino_lightning/evaluation/estimate.py`), which tests compare with counted operations and with what autograd keeps.
+One row by itself:
 
 ```bash
 dino-lightning estimate --model.backbone vit_small --data.local_crops_number 10 --trainer.precision bf16-mixed --trainer.max_epochs 300 \\
@@ -183,27 +184,28 @@ dino-lightning estimate --model.backbone vit_small --data.local_crops_number 10 
 
 ## The published runs on H100s
 
-Assumed: an MFU of {MFU} in bfloat16 whatever the batch; {WORKER_MS} ms of a worker for an image (README, a photograph of 400×533) and as
-many workers as that takes; NVLink within 8 GPUs, 400 Gb/s for each GPU beyond; what is slowest hides the rest. A few images a device will not
-reach that MFU: with fewer than about 16 read the images a second as a bound from above. What does not fit is accumulated ("512 × 2": two
-micro-batches). Behind what bounds a step, in brackets: with how many devices the network would begin to, at 400 Gb/s and the same images a step. DINO
-with 10 local crops; 300 epochs of the networks but ViT-S/16 are what others report or our recipe, since the authors' arguments are not
-in their repository. DINOv2's ViT-L/14 has two heads of 131,072 prototypes and Sinkhorn.
+Assumed: an MFU of {MFU} in bfloat16 whatever the batch; {WORKER_MS} ms of a worker for an image (README, a photograph of
+400×533) and as many workers as that takes; NVLink within 8 GPUs, 400 Gb/s for each GPU beyond; what is slowest hides the rest.
+A few images a device will not reach that MFU: with fewer than about 16 read the images a second as a bound from above. What
+does not fit is accumulated ("512 × 2": two micro-batches). Behind what bounds a step, in brackets: with how many devices the
+network would begin to, at 400 Gb/s and the same images a step. DINO with 10 local crops; 300 epochs of the networks but
+ViT-S/16 are what others report or our recipe, since the authors' arguments are not in their repository. DINOv2's ViT-L/14 has
+two heads of 131,072 prototypes and Sinkhorn.
 
 {scaling()}
 
 ## What was published, and the MFU that would explain it
 
-A check of plausibility, not of precision: the times are rounded, and what their machines waited for is not known. MFU is of 125 TFLOP/s of a V100
-and 312 of an A100, by the operations of our code; the reference computes all tokens of the last block where we compute the class token, 6 to 7 % more.
-It also keeps attention's scores and more in its loss: its memory is not ours.
+A check of plausibility, not of precision: the times are rounded, and what their machines waited for is not known. MFU is of 125
+TFLOP/s of a V100 and 312 of an A100, by the operations of our code; the reference computes all tokens of the last block where
+we compute the class token, 6 to 7 % more. It also keeps attention's scores and more in its loss: its memory is not ours.
 
 {published()}
 
-DINO's times are a tenth of a V100's peak, less than a third of what the first table assumes of an H100, for reasons that these numbers do not tell (attention
-that is not fused, small kernels, data). DINOv2's agree with each other and with the {MFU}; but its commands evaluate step 25,000 of ViT-L/16, and
-if the day was of these, its MFU was a fifth of the table's. What our code reaches on a GPU is to be measured: a run logs `train/mfu`. At 0.1 the
-times that compute bounds are 3.5 times as long.
+DINO's times are a tenth of a V100's peak, less than a third of what the first table assumes of an H100, for reasons that these
+numbers do not tell (attention that is not fused, small kernels, data). DINOv2's agree with each other and with the {MFU}; but
+its commands evaluate step 25,000 of ViT-L/16, and if the day was of these, its MFU was a fifth of the table's. What our code
+reaches on a GPU is to be measured: a run logs `train/mfu`. At 0.1 the times that compute bounds are 3.5 times as long.
 """
 
 

@@ -1,4 +1,4 @@
-"""The arguments of fit, validate, test and predict, and of the tool that is like fit, as far as they can be judged without Lightning's parser."""
+"""The arguments of fit, validate, test and predict (and of estimate), as far as they can be judged without Lightning's parser."""
 
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence

@@ -107,7 +107,8 @@ class Head(NamedTuple):
         return sum(2 * a * b for a, b in zip(self.widths, (*self.widths[1:], self.prototypes)))
 
     def activations(self, width: int) -> int:
-        """Bytes that autograd keeps of one row, without the logits; ``width`` as for a ViT. GELU and the product keep a hidden layer each."""
+        """Bytes that autograd keeps of one row, without the logits; ``width`` as for a ViT. GELU and the product after it keep one
+        hidden layer each."""
         hidden, bottleneck = sum(self.widths[1:-1]), self.widths[-1]
         return width * (self.widths[0] + 2 * hidden) + 2 * _FULL * bottleneck  # the bottleneck before and after its norm
 
@@ -216,8 +217,8 @@ class Step(NamedTuple):
         return max(0, math.floor((room - fixed) / (self._replace(batch=1).memory().total - fixed)))
 
     def moved_bytes(self) -> int:
-        """That the device's memory moves in a step at the least: what is kept of the forward pass is written and read once, AdamW reads four
-        and writes three numbers for each parameter (SGD three and two), the teacher's average reads two and writes one."""
+        """That the device's memory moves in a step at the least: what is kept of the forward pass is written and read once, AdamW reads
+        four and writes three numbers for each parameter (SGD three and two), the teacher's average reads two and writes one."""
         kept = self.memory()
         update = 7 if self.optimizer == "adamw" else 5
         wide = 2 * self.accumulated * (kept.activations + kept.logits + kept.loss)

@@ -81,10 +81,8 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
     dtype = dtype_of(trainer["precision"])
     with torch.device("meta"):
         module = method_class(config["method"])(**{name: _built(value) for name, value in model.items()})
-        check_crops(
-            module.trained.backbone,
-            {f"data.{name}": _pair(data[name]) for name in ("global_crops_size", "local_crops_size")[: 1 + bool(data["local_crops_number"])]},
-        )
+        crops = ["global_crops_size", *(["local_crops_size"] if data["local_crops_number"] else [])]
+        check_crops(module.trained.backbone, {f"data.{name}": _pair(data[name]) for name in crops})
         views = _views(data)
         costs = _costs(module, views, data["batch_size"], dtype)
     student, teacher = module.trained, module.evaluated

@@ -68,8 +68,8 @@ def estimate(
         images: of an epoch; by default those of data.root or data.dataset, if the options have one.
         mfu: share of the GPU's peak that the operations reach: an assumption. A run logs its own as train/mfu (which counts the branches
             that DINOv2's stochastic depth leaves out, too).
-        worker_ms: milliseconds that a worker takes for the views of an image: 4.4 is what the README measured of a photograph of 400×533 on
-            one core.
+        worker_ms: milliseconds that a worker takes for the views of an image: 4.4 is what the README measured of a photograph of
+            400×533 on one core.
         link_gbps: 10⁹ bits a second that a GPU sends to the next one; by default NVLink or PCIe within 8 GPUs, 400 beyond them (InfiniBand).
 
     Returns:
@@ -137,8 +137,9 @@ def _report(found: Estimate, mfu: float, worker_ms: float, link: float) -> str:
         f"{step.devices} × {kind.title}, {step.batch} images a device{accumulated}: {step.images} a step. On paper: nothing was run.",
         "",
         f"operations  {step.flops / 1e9:.4g} GFLOP an image, {step.flops * step.images / 1e12:.4g} TFLOP a step",
-        f"bytes       {run.crop_bytes / 1e6:.2f} MB of crops an image; a step moves {step.moved_bytes() / 1e9:.3g} GB or more in a device's memory, and",
-        f"            adds up {step.gradient_bytes / 1e6:.4g} MB of gradients and {step.centre_bytes / 1e6:.2g} MB of centres over the devices",
+        f"bytes       {run.crop_bytes / 1e6:.2f} MB of crops an image; a step moves {step.moved_bytes() / 1e9:.3g} GB or more in a device's",
+        f"            memory, and adds up {step.gradient_bytes / 1e6:.4g} MB of gradients and {step.centre_bytes / 1e6:.2g} MB of centres "
+        "over the devices",
         "memory      of a device, GiB",
         f"{parts}    {'in all':26}{found.memory.total / _GIB:8.2f} of {kind.memory}, workspace left out",
         f"    {_fit(found)}",
