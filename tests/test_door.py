@@ -76,6 +76,13 @@ WRONG = [
     (["export", "--checkpoint", "dino_vits16", "--to", "pdf"], 2, "--to takes 'torchhub', 'timm', "),
     (["knn", "--checkpoint", "no.ckpt", "--root", "."], 2, "there is no checkpoint 'no.ckpt'"),
     (["knn", "--checkpoint", "dino_vits16", "--root", "nowhere"], 2, "there is no image folder nowhere"),
+    (["estimate", "--devcies", "8"], 2, "unknown option --devcies of estimate; did you mean --devices?"),
+    (["estimate", "--data.bach_size", "8"], 2, "unknown option --data.bach_size of estimate; did you mean --data.batch_size?"),
+    (["estimate", "--devices", "many"], 2, "--devices takes int or null, got many"),
+    (["estimate", "--data.batch_size", "many"], 2, "--data.batch_size takes int, got many"),
+    (["estimate", "--config", "vit_smal"], 2, "'vit_smal' and no recipe of that name; did you mean 'vit_small'?"),
+    (["estimate", "vit_small"], 2, "estimate takes options only, got 'vit_small'"),
+    (["estimate", "--data.root", "nowhere"], 2, "there is no image folder nowhere"),
 ]  # fmt: skip
 
 
@@ -83,16 +90,25 @@ def test_wrong_arguments_are_named_without_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("data: {bach_size: 3}")
     Path("torn.yaml").write_text("data: {batch_size: 3")
-    helps = [["--help"], [], ["--version"], ["knn", "--help"], ["extract", "--help"]]
+    helps = [["--help"], [], ["--version"], ["knn", "--help"], ["extract", "--help"], ["estimate", "--help"]]
     answers = lightly(*(args for args, _, _ in WRONG), *helps)
     for (args, code, message), (found, out, said) in zip(WRONG, answers):
         assert (found, out) == (code, "") and message in said, (args, said)
         assert said.startswith("dino-lightning: error: ") and said.count("\n") <= 3
-    everything, nothing, version, knn, extract = [out for code, out, said in answers[len(WRONG) :] if (code, said) == (0, "")]
+    everything, nothing, version, knn, extract, estimate = [out for code, out, said in answers[len(WRONG) :] if (code, said) == (0, "")]
     assert everything == nothing and version == "dino-lightning 0.1.0\n"
     assert "worker processes" in knn and "image files, and folders of them" in extract
+    assert "--worker_ms" in estimate and "options of fit" in estimate
     with pytest.raises(UsageError, match="did you mean --data.batch_size"):
         main(["fit", "--data.bach_size", "3"])  # the same door in Python
+
+
+def test_the_options_of_estimate_are_parted_from_those_of_fit():
+    args = ["--mfu=0.5", "-c", "vit_small", "--devices", "8", "--trainer.devices", "2", "--link_gbps", "4e2", "--data.hflip_p", "0.1"]
+    call = enter(["estimate", *args])
+    given = {name: call.options[name] for name in ("mfu", "devices", "link_gbps", "images")}
+    assert given == {"mfu": 0.5, "devices": 8, "link_gbps": 400.0, "images": None}
+    assert call.args == ["-c", "vit_small", "--trainer.devices", "2", "--data.hflip_p", "0.1"]
 
 
 def test_version_is_quick():

@@ -1,5 +1,6 @@
 """How fast a run is: counted operations, and time that is measured."""
 
+import logging
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dino_lightning import DINOHead, DINOModule, VisionTransformer
 from dino_lightning.callbacks import Throughput
+from dino_lightning.callbacks.throughput import peak_of
 from dino_lightning.evaluation.flops import flops_per_image
 from dino_lightning.methods.networks import Network, Teacher
 
@@ -25,6 +27,23 @@ def test_operations_of_vit_small_as_counted_by_hand():
     expected = 113.4e9 - 3 * (2 * saved[0] + 8 * saved[1]) - 2 * saved[0]
     assert flops_per_image(student, teacher, views) == pytest.approx(expected, rel=0.005)
     assert student.training and not teacher.training
+
+
+def test_mfu_is_of_our_table(caplog):
+    caplog.set_level(logging.INFO)
+    logging.getLogger("lightning.pytorch").addHandler(caplog.handler)
+    assert peak_of("NVIDIA H200", "bf16-mixed") == 989.4e12 and peak_of("NVIDIA L40S", "16-mixed") == 362e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "32-true") == 19.5e12 and not caplog.messages
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert peak_of("NVIDIA A100-SXM4-80GB", "32-true") == 156e12
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert peak_of("Tesla T4", "bf16-mixed") is None and peak_of("NVIDIA H100 NVL", "bf16-mixed") is None
+    assert [message.split(" is not in")[0] for message in dict.fromkeys(caplog.messages)] == [
+        f"no train/mfu in this run: the peak of {name} in torch.bfloat16" for name in ("Tesla T4", "NVIDIA H100 NVL")
+    ]
+    logging.getLogger("lightning.pytorch").removeHandler(caplog.handler)
 
 
 class Slow(Dataset):

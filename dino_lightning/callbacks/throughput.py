@@ -4,9 +4,10 @@ import time
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
+from dino_lightning.evaluation.gpus import device_called, dtype_of
 from dino_lightning.methods.networks import split_views
 
 _SECONDS = 2.0  # between two readings
@@ -15,7 +16,7 @@ _SECONDS = 2.0  # between two readings
 class Throughput(Callback):
     """Logs, as means over two seconds or more: ``train/images_per_s`` over all devices; ``train/data_wait``, the share of the time
     in which a batch is waited for (with another data module than ours, and moved); ``train/tflops``, 10¹² floating-point
-    operations a second and device; and ``train/mfu``, these as a share of what the device could do, where Lightning knows that.
+    operations a second and device; and ``train/mfu``, these as a share of what the device could do, where ``evaluation.gpus`` knows that.
 
     It reads the host's clock only: a device that lags behind by some steps is not waited for. Validation is left out.
     """
@@ -25,7 +26,8 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._flops = None
-        self._peak = get_available_flops(pl_module.device, _dtype(trainer.precision)) if pl_module.device.type == "cuda" else None
+        is_gpu = pl_module.device.type == "cuda"
+        self._peak = peak_of(torch.cuda.get_device_name(pl_module.device), trainer.precision) if is_gpu else None
         self._logged: dict[str, torch.Tensor] = {}
         self._forget()
 
@@ -69,5 +71,10 @@ class Throughput(Callback):
         self._waited, self._images = 0.0, 0
 
 
-def _dtype(precision: str) -> torch.dtype:
-    return torch.bfloat16 if "bf16" in precision else torch.float16 if precision.startswith("16") else torch.float32
+def peak_of(name: str, precision: str) -> float | None:
+    """Operations a second of a GPU of this name at a Trainer's precision; None, and said, where the table has no such number."""
+    known, dtype = device_called(name), dtype_of(precision)
+    peak = known.peak(dtype, tf32=torch.get_float32_matmul_precision() != "highest") if known else None
+    if peak is None:
+        rank_zero_info("no train/mfu in this run: the peak of %s in %s is not in dino_lightning.evaluation.gpus", name, dtype)
+    return peak

@@ -1,4 +1,4 @@
-"""The arguments of fit, validate, test and predict, as far as they can be judged without Lightning's parser."""
+"""The arguments of fit, validate, test and predict (and of estimate), as far as they can be judged without Lightning's parser."""
 
 from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
@@ -94,5 +94,6 @@ def _check_images(command: str, given: dict[str, Any]) -> None:
     root = sources.get("data.root")
     if root is not None and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
-    if root is None and not any(name.startswith("data.dataset") and value is not None for name, value in sources.items()):
+    needs = command != faces.LIKE_FIT
+    if needs and root is None and not any(name.startswith("data.dataset") and value is not None for name, value in sources.items()):
         raise UsageError(f"{command} needs images: add --data.root FOLDER (a folder of images), or data.dataset")

@@ -32,6 +32,9 @@ _ALONE = {"config", "print_config", "help", "seed_everything", "checkpoint_every
 _NOT_OPTIONS = {"self", "model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 
 
+LIKE_FIT = "estimate"  # the tool that takes fit's options beside its own
+
+
 class Options(NamedTuple):
     """Of a command: ``alone``, the names without a dot; ``groups``, the names behind GROUP., None where they are not known."""
 
@@ -53,12 +56,13 @@ class Options(NamedTuple):
 
 @functools.cache
 def options(command: str, method: str | None = "dino") -> Options:
-    """Of fit, validate, test or predict with a method; with None, of any."""
+    """Of fit, validate, test, predict or the tool that is like fit, with a method; with None, of any."""
     groups = {group: _arguments(module, f"{owner}.__init__") for group, (module, owner) in _GROUPS.items()}
     homes = [home(name) for name in (METHODS if method is None else [method])]
     groups["model"] = set().union(*(_arguments(module, f"{owner}.__init__") for module, owner in homes))
     module, owner = _GROUPS["trainer"]
-    return Options(_ALONE | (_arguments(module, f"{owner}.{command}") or set()), groups)
+    called, own = ("fit", set(own_options(command))) if command == LIKE_FIT else (command, set())
+    return Options(_ALONE | own | (_arguments(module, f"{owner}.{called}") or set()), groups)
 
 
 def _arguments(module: str, name: str) -> set[str] | None:
@@ -83,6 +87,12 @@ def tools() -> dict[str, Callable[..., None]]:
     names = sorted(path.stem for path in (package / "tools").glob("*.py"))
     nodes = {name: (f"{package.name}.tools.{name}", function(f"{package.name}.tools.{name}", name)) for name in names}
     return {name: stub(module, node) for name, (module, node) in nodes.items() if node}
+
+
+def own_options(tool: str) -> list[str]:
+    """The names of a tool's options; not of what it takes without one."""
+    parameters = inspect.signature(tools()[tool]).parameters.values()
+    return [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
 
 
 def summary(tool: str) -> str:

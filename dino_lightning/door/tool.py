@@ -10,9 +10,10 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from dino_lightning.door import commands
 from dino_lightning.door.arguments import options, read_config, unknown
 from dino_lightning.door.errors import UsageError
-from dino_lightning.door.faces import tools
+from dino_lightning.door.faces import LIKE_FIT, own_options, tools
 from dino_lightning.door.parser_errors import brief
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
@@ -28,22 +29,46 @@ def parse(name: str, args: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """
     parameters = inspect.signature(tools()[name]).parameters.values()
     listed = next((p.name for p in parameters if p.kind == p.VAR_POSITIONAL), None)
-    _check_names(name, args, {p.name for p in parameters} - {listed})
+    if name == LIKE_FIT:
+        commands.check(name, args)
+        args, of_fit = _parted(args, {*own_options(name), "help"})
+        return of_fit, _parsed(name, None, args)
+    _check_names(name, args, set(own_options(name)))
     several = {f"--{p.name}" for p in parameters if "tuple" in str(p.annotation)}
-    try:
-        found = _parser(name, listed).parse_args(_with_lists(args, several)).as_dict()
-    except ArgumentError as error:
-        raise UsageError(brief(str(error), name, listed)) from error
-    found.pop("config")
+    found = _parsed(name, listed, _with_lists(args, several))
     names = found.pop(listed, [])
     _check_files(found)
     return names, found
 
 
+def _parsed(name: str, listed: str | None, args: Sequence[str]) -> dict[str, Any]:
+    try:
+        found = _parser(name, listed).parse_args(args).as_dict()
+    except ArgumentError as error:
+        raise UsageError(brief(str(error), name, listed)) from error
+    found.pop("config")
+    return found
+
+
+def _parted(args: Sequence[str], names: set[str]) -> tuple[list[str], list[str]]:
+    """The arguments of the options of these names, and all others."""
+    own: list[str] = []
+    others: list[str] = []
+    is_own = False
+    for arg in args:
+        if arg.startswith("-") and not _NUMBER.fullmatch(arg):
+            is_own = arg == "-h" or arg.partition("=")[0].removeprefix("--") in names
+        (own if is_own else others).append(arg)
+    return own, others
+
+
 def _parser(name: str, listed: str | None) -> ArgumentParser:
     stub = tools()[name]
     parser = ArgumentParser(prog=f"dino-lightning {name}", exit_on_error=False)
-    parser.add_argument("--config", action="config", help="a YAML file with these options")
+    if name == LIKE_FIT:  # where it only stands for the help
+        parser.add_argument("--config", type=str, help="a recipe or a file with options of fit; all of them are taken (fit --help)")
+    else:
+        parser.add_argument("--config", action="config", help="a YAML file with these options")
     if listed:
         explained = next(p.description for p in docstring_parser.parse(stub.__doc__).params if p.arg_name == listed)
         parser.add_argument(listed, nargs="+", type=str, help=explained)

@@ -4,6 +4,7 @@ from dino_lightning.tools.adopt import adopt
 from dino_lightning.tools.attention import attention
 from dino_lightning.tools.clusters import clusters
 from dino_lightning.tools.duplicates import duplicates
+from dino_lightning.tools.estimate import estimate
 from dino_lightning.tools.export import export
 from dino_lightning.tools.extract import extract
 from dino_lightning.tools.finetune import finetune
@@ -17,6 +18,7 @@ TOOLS = {
     "attention": attention,
     "clusters": clusters,
     "duplicates": duplicates,
+    "estimate": estimate,
     "export": export,
     "extract": extract,
     "finetune": finetune,

@@ -1,0 +1,245 @@
+"""What a run of fit costs, from its options: the networks are built without memory, and their sizes put into the formulas."""
+
+import copy
+import importlib
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
+
+from dino_lightning import recipes
+from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones.block import drop_path_subset
+from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.data.image_folder import find_splits
+from dino_lightning.door.commands import said
+from dino_lightning.door.errors import UsageError
+from dino_lightning.door.parser_errors import brief
+from dino_lightning.evaluation.gpus import dtype_of
+from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
+from dino_lightning.evaluation.kept import kept_bytes
+from dino_lightning.listing import list_images
+from dino_lightning.methods import method_class
+from dino_lightning.methods.base import Method
+from dino_lightning.training.checks import check_crops
+
+_EPOCHS = 100  # of fit, unless said
+
+
+class Run(NamedTuple):
+    """A run of fit.
+
+    Attributes:
+        title: what it trains, for people.
+        step: what an optimizer step costs on one device.
+        dtype: of the products.
+        counted: whether operations and activations were counted by a call of the backbone, which is none of our ViTs.
+        crop_bytes: of an image's crops, as they come from a worker.
+        images: of the whole run, over all devices and epochs; None where nothing says how many an epoch has.
+        workers: worker processes of a device, where they are said.
+    """
+
+    title: str
+    step: Step
+    dtype: torch.dtype
+    counted: bool
+    crop_bytes: int
+    images: int | None
+    workers: int | None
+
+
+def run_of(options: Sequence[str], devices: int | None = None, images: int | None = None) -> Run:
+    """The run that ``dino-lightning fit`` would make of these options.
+
+    Args:
+        devices: in all; by default what the options say, else 1.
+        images: of an epoch; by default as many as the options' data hold.
+
+    Raises:
+        ValueError: for options that the method refuses, or numbers below 1.
+    """
+    config = _parsed(recipes.resolve_in(options))
+    model, data, trainer = config["model"], config["data"], config["trainer"]
+    counts = {
+        "devices": devices,
+        "images": images,
+        "data.batch_size": data["batch_size"],
+        "trainer.accumulate_grad_batches": trainer["accumulate_grad_batches"],
+        "trainer.num_nodes": trainer["num_nodes"],
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if data["local_crops_number"] < 0:
+        raise ValueError(f"data.local_crops_number must not be negative, got {data['local_crops_number']}")
+    dtype = dtype_of(trainer["precision"])
+    with torch.device("meta"):
+        module = method_class(config["method"])(**{name: _built(value) for name, value in model.items()})
+        crops = ["global_crops_size", *(["local_crops_size"] if data["local_crops_number"] else [])]
+        check_crops(module.trained.backbone, {f"data.{name}": _pair(data[name]) for name in crops})
+        views = _views(data)
+        costs = _costs(module, views, data["batch_size"], dtype)
+    student, teacher = module.trained, module.evaluated
+    per_step = data["batch_size"] * trainer["accumulate_grad_batches"]
+    devices = devices or _devices(trainer)
+    head_rows = costs.rows
+    step = Step(
+        batch=data["batch_size"],
+        accumulated=trainer["accumulate_grad_batches"],
+        parameters=_count(student),
+        trainable=_count(student, trainable=True),
+        teacher=_count(teacher),
+        cast=sum(_count(part) for part in student.modules() if isinstance(part, nn.Linear | nn.Conv2d)) if dtype.itemsize == 2 else 0,
+        flops=costs.flops,
+        image_bytes=4 * sum(view.numel() for view in views),
+        activation_bytes=costs.activations,
+        logits_bytes=sum(map(logits_bytes, head_rows)),
+        loss_bytes=sum(map(loss_bytes, head_rows)),
+        optimizer=module.options["optimizer"],
+        centre_bytes=centre_bytes(
+            module.method, [rows.head.prototypes for rows in head_rows], module.options.get("centering") == "sinkhorn_knopp"
+        ),
+        devices=devices,
+    )
+    sizes = ", ".join(f"{len(group)} × {group[0].shape[-2]}×{group[0].shape[-1]}" for group in (views[:2], views[2:]) if group)
+    backbone = model["backbone"] if isinstance(model["backbone"], str) else type(student.backbone).__name__
+    patch = f"/{student.backbone.patch_size}" if isinstance(student.backbone, VisionTransformer) else ""
+    return Run(
+        title=f"{module.title}, {backbone}{patch}, crops {sizes}, K = {', '.join(str(rows.head.prototypes) for rows in head_rows)}",
+        step=step,
+        dtype=dtype,
+        counted=not isinstance(student.backbone, VisionTransformer),
+        crop_bytes=sum(view.numel() for view in views),
+        images=_images_of_run(data, trainer, images, per_step * devices),
+        workers=data["num_workers"],
+    )
+
+
+class _Costs(NamedTuple):
+    """Of an image: ``flops``, ``activations`` in bytes without what the loss adds, and the ``rows`` of each head's call."""
+
+    flops: int
+    activations: int
+    rows: list[Rows]
+
+
+def _costs(module: Method, views: Sequence[torch.Tensor], batch: int, dtype: torch.dtype) -> _Costs:
+    """Of a module and views (1, C, H, W) of one image, both on the meta device."""
+    backbone = module.trained.backbone
+    masks = getattr(backbone, "mask_token", None) is not None
+    groups = [(views[0].shape[-2:], 2, masks), *([(views[2].shape[-2:], len(views) - 2, False)] if views[2:] else [])]
+    rows = _rows(module, views)
+    width = dtype.itemsize
+    activations = sum(of.student * of.head.activations(width) for of in rows)
+    if isinstance(backbone, VisionTransformer):
+        vit, heads = ViT.of(backbone), [of.head for of in rows]
+        flops = sum(of.teacher * head.flops() + 3 * of.student * head.flops() for of, head in zip(rows, heads))
+        for size, count, all_tokens in groups:
+            tokens, kept = vit.tokens(*size), _kept(backbone, count * batch)
+            flops += 3 * count * vit.flops(tokens, all_tokens, kept)
+            activations += count * vit.activations(tokens, width, all_tokens, kept)
+        flops += 2 * vit.flops(vit.tokens(*groups[0][0]), masks)
+    else:
+        flops = module.flops_per_image(views)
+        half = copy.deepcopy(backbone).to(dtype)
+        for size, count, _ in groups:
+            pair = torch.empty(2, views[0].shape[1], *size, dtype=dtype)  # batch norms want two
+            activations += count * kept_bytes(half, lambda: half(pair)) / 2
+    return _Costs(round(flops), round(activations), rows)
+
+
+def _rows(module: Method, views: Sequence[torch.Tensor]) -> list[Rows]:
+    """Of each head's call. DINO keeps the teacher's logits for its callbacks; masked patches are as many as there are on average."""
+    student, options = module.trained, module.options
+    if hasattr(student, "head"):
+        return [Rows(Head.of(student.head), len(views), 2, kept=2)]
+    rows = [Rows(Head.of(student.dino_head), len(views), 2, kept=0)]
+    if options["ibot_loss_weight"] > 0:
+        vit = ViT.of(student.backbone)
+        patches = vit.tokens(*views[0].shape[-2:]) - vit.prefix
+        masked = 2 * patches * options["mask_probability"] * sum(options["mask_ratio"]) / 2
+        rows.append(Rows(Head.of(getattr(student, "ibot_head", student.dino_head)), masked, masked, kept=0))
+    return rows
+
+
+def _kept(backbone: VisionTransformer, crops: int) -> float:
+    """The share of a batch for which a branch is computed. DINO's drop path computes all on a GPU."""
+    rate = backbone.blocks[-1].drop_path
+    return drop_path_subset(crops, rate)[0] / crops if backbone.drop_path_uniform and rate else 1.0
+
+
+def _views(data: Mapping[str, Any]) -> list[torch.Tensor]:
+    def view(which: str) -> torch.Tensor:
+        return torch.empty(1, data["in_chans"], *_pair(data[which]))
+
+    return [view("global_crops_size")] * 2 + [view("local_crops_size")] * data["local_crops_number"]
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: int | None, per_step: int) -> int | None:
+    if trainer["max_steps"] and trainer["max_steps"] > 0:
+        return trainer["max_steps"] * per_step
+    if images is None and data["root"] is not None:
+        images = len(list_images(find_splits(data["root"])[0]))
+    if images is None and data["dataset"] is not None:
+        images = len(_built(data["dataset"]))
+    epochs = trainer["max_epochs"] or _EPOCHS
+    return None if images is None or epochs < 0 else images * epochs
+
+
+def _parsed(options: Sequence[str]) -> dict[str, Any]:
+    """The options as fit reads them, defaults and all; what plays no part here is taken as well."""
+    method = said(options).get("method") or "dino"
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_argument("-c", "--config", action=ActionConfigFile)
+    classes = {"model": method_class(method), "data": MultiCropDataModule, "trainer": Trainer, "checkpoint": ModelCheckpoint}
+    for group, owner in classes.items():
+        parser.add_lightning_class_args(owner, group)
+    parser.add_argument("--method", type=str, default=method)
+    for name in ("seed_everything", "checkpoint_every", "ckpt_path", "weights_only", "verbose"):
+        parser.add_argument(f"--{name}", type=Any)
+    try:
+        config = parser.parse_args(list(options)).as_dict()
+    except ArgumentError as error:
+        raise UsageError(brief(str(error), "estimate")) from error
+    model = config["model"]
+    model["in_chans"] = config["data"]["in_chans"]  # as fit links them
+    model["weights"] = None  # what the run begins with costs nothing
+    if "weights_with_head" in model:
+        model["weights_with_head"] = False
+    backbone = model["backbone"]
+    if isinstance(backbone, Mapping) and "in_chans" in backbone.get("init_args", {}):
+        backbone["init_args"]["in_chans"] = model["in_chans"]
+    return config
+
+
+def _built(value: Any) -> Any:
+    """What a ``class_path`` of the options stands for; anything else as it is."""
+    if not isinstance(value, Mapping) or "class_path" not in value:
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    arguments = value.get("init_args") or {}
+    return getattr(importlib.import_module(module), name)(**{key: _built(inner) for key, inner in arguments.items()})
+
+
+def _devices(trainer: Mapping[str, Any]) -> int:
+    """As many as are said; ``auto`` and -1, which depend on the machine, are one."""
+    asked = trainer["devices"]
+    if isinstance(asked, list):
+        count = len(asked)
+    else:
+        count = int(asked) if str(asked).isdecimal() else 1
+    return max(1, count) * trainer["num_nodes"]
+
+
+def _count(network: nn.Module, trainable: bool = False) -> int:
+    return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad or not trainable)
