@@ -82,8 +82,9 @@ if __name__ == "__main__":
     arguments.add_argument("--images", type=int, default=32)
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    data = MultiCropDataModule(args.folder, batch_size=32, num_workers=0)
+    data = MultiCropDataModule(args.folder, batch_size=1, num_workers=0)
     data.setup("fit")
+    data.batch_size = min(32, args.images)
     source = data.train_dataloader().dataset.source
     files = [Path(source.path(index)) for index in range(min(args.images, len(source)))]
     results = {"gate": gate(files[0])}

@@ -257,6 +257,7 @@ def test_no_crops():
     assert paint(torch.empty(0, 3, 8, 8, dtype=torch.uint8), np.zeros(0, PAINT), [0] * 3, [1] * 3).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_as_cpu_and_without_waiting():
     crops = batch(*[picture(64, 48, seed=seed) for seed in range(32)])
