@@ -211,6 +211,21 @@ def test_errors_of_ours_keep_their_traceback():
     assert [errors.of_the_user(error) for error in ours + users] == [False] * 4 + [True] * 4
 
 
+@pytest.mark.parametrize("words", [
+    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory. "
+    "Please try to raise your shared memory limit.",
+    "unable to allocate shared memory(shm) for file </torch_7_1>: Resource temporarily unavailable (11)",
+])  # fmt: skip
+def test_a_lack_of_shared_memory_is_told_with_its_remedy(words, capsys):
+    """What torch says of it, as it is, and as the cause of what the loader says."""
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError(words)
+    for told in (error, error.__cause__):
+        assert errors.of_the_user(told)
+        errors.tell(told)
+        assert "--ipc=host or --shm-size=8g, or take fewer --data.num_workers" in capsys.readouterr().err
+
+
 def test_a_finished_extraction_answers_without_torch(small_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_images(Path("photos"), 4)
