@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from dino_lightning.data import ChannelMismatch, UnreadableImage, as_array, read_image
+from dino_lightning.data import ChannelMismatch, UnreadableImage, as_array, jpeg, read_image
 
 GRADIENT = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10  # RGB, 2 high, 4 wide, no two values alike
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
@@ -593,3 +593,83 @@ def test_unreadable_image_crosses_processes(tmp_path):
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is UnreadableImage
     assert (copy.source, copy.reason, str(copy)) == (error.source, error.reason, str(error))
+
+
+# JPEG by another decoder, and reduced
+
+
+def photograph(height, width, seed=0):
+    """Smooth colours with edges and grain, as a photograph has them."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8))
+    pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    pixels[height // 3 : height // 2, width // 4 : width // 2] += 70
+    return (pixels + rng.normal(0, 4, pixels.shape)).clip(0, 255).astype(np.uint8)
+
+
+def jpegs(folder):
+    """Files of many kinds that PIL calls JPEG."""
+    image = Image.fromarray(photograph(101, 67))
+    for name, options in {
+        "444": {"subsampling": 0}, "422": {"subsampling": 1}, "420": {"subsampling": 2}, "progressive": {"progressive": True},
+        "rgb": {"keep_rgb": True, "subsampling": 0}, "poor": {"quality": 5}, "icc": {"icc_profile": b"x" * 200}, "restarts": {"restart_marker_rows": 1},
+    }.items():  # fmt: skip
+        yield saved(image, folder / f"{name}.jpg", **options)
+    for mode in ("L", "CMYK"):
+        yield saved(image.convert(mode), folder / f"{mode}.jpg")
+    for orientation in range(9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        yield saved(image, folder / f"turned{orientation}.jpg", exif=exif)
+        yield saved(image.convert("L"), folder / f"gray{orientation}.jpg", exif=exif)
+    whole = (folder / "420.jpg").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        damaged = bytearray(whole)
+        if i % 2:
+            del damaged[int(rng.integers(200, len(whole))) :]
+        else:
+            damaged[int(rng.integers(700, len(whole)))] ^= 0xFF
+        (folder / f"damaged{i}.jpg").write_bytes(damaged)
+        yield folder / f"damaged{i}.jpg"
+
+
+def outcome(path, in_chans):
+    try:
+        return read_image(path, in_chans)
+    except UnreadableImage as error:
+        return str(error)
+
+
+def test_jpegs_are_the_same_by_both_decoders(tmp_path, monkeypatch):
+    """simplejpeg where it is installed, PIL where it is not or where something is odd: equal pixels, equal errors."""
+    fast = pytest.importorskip("simplejpeg")
+    decoded = []
+    for path in jpegs(tmp_path):
+        for in_chans in (3, 1):
+            monkeypatch.setattr(jpeg, "simplejpeg", fast)
+            found = outcome(path, in_chans)
+            if not path.name.startswith("damaged"):
+                with Image.open(path) as image:
+                    decoded.append(jpeg.decode(path.read_bytes(), image.mode) is not None)
+            monkeypatch.setattr(jpeg, "simplejpeg", None)
+            expected = outcome(path, in_chans)
+            if isinstance(expected, str):
+                assert found == expected
+            else:
+                assert_pixels(found, expected)
+    assert decoded.count(False) == 2, "all but CMYK, and not by PIL"
+
+
+def test_a_reduced_jpeg_has_the_upright_size_of_its_reduction(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    path = saved(Image.fromarray(photograph(400, 320)), tmp_path / "a.jpg", exif=exif, quality=95)
+    asked = []
+    reduced = read_image(path, reduction=lambda *size: asked.append(size) or 4)
+    assert asked == [(400, 320)] and reduced.shape == (80, 100, 3)
+    whole = np.asarray(Image.fromarray(read_image(path)).resize((100, 80), Image.Resampling.BOX))
+    assert_pixels(reduced, whole, tolerance=8)
+    assert np.abs(reduced.astype(int) - whole).mean() < 0.7
+    png = saved(photograph(80, 80), tmp_path / "a.png")
+    assert read_image(png, reduction=lambda *size: 4).shape == (80, 80, 3), "other formats keep their size"

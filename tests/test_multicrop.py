@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
+from dino_lightning import MultiCropDataModule
 from dino_lightning.data.multicrop import MultiCrop, center_view, crop_box, resize
 from dino_lightning.data.painting import PAINT, paint
 from dino_lightning.training.randomness import generator
@@ -189,3 +190,41 @@ def test_options_are_checked(options, message):
 
 def test_paint_records_are_small():
     assert PAINT.itemsize <= 32
+
+
+@pytest.mark.parametrize("height, width, expected", [(375, 500, 1), (1200, 1600, 1), (1500, 2000, 2), (3000, 4000, 4), (6000, 8000, 8)])
+def test_reduction_leaves_every_crop_something_to_shrink(height, width, expected):
+    multicrop = MultiCrop()
+    assert multicrop.reduction(height, width) == expected
+    random = generator(0)
+    sides = [min(crop_box(height // expected, width // expected, multicrop.local_crops_scale, random)[2:]) for _ in range(2000)]
+    assert expected == 1 or min(sides) >= 1.5 * 96
+    without_local = MultiCrop(local_crops_number=0, global_crops_size=(150, 150))
+    assert without_local.reduction(1500, 2000) == 4, "the smallest global crop has 949 pixels"
+
+
+def test_crops_of_a_reduced_photograph_are_those_of_the_whole(tmp_path):
+    """The bound that scaled_decoding states: less than a level of 255 on average, whatever the crop."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).resize((2000, 1500), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small).astype(int) + rng.normal(0, 6, (1500, 2000, 3))
+    pixels[::7, ::5] += 40  # detail that a crop cannot show
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(tmp_path / "a.jpg", quality=92)
+    (tmp_path / "b.jpg").write_bytes((tmp_path / "a.jpg").read_bytes())
+    data = [MultiCropDataModule(tmp_path, batch_size=1, num_workers=0, scaled_decoding=scaled) for scaled in (True, False)]
+    for module in data:
+        module.setup("fit")
+    reduced, whole = (module.train_dataloader().dataset for module in data)
+    assert reduced._load(0, 0)[0][0].shape == (750, 1000, 3) and whole._load(0, 0)[0][0].shape == (1500, 2000, 3)
+    pictures = [torch.from_numpy(views._load(0, 0)[0][0]) for views in (reduced, whole)]
+    for size, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4))):
+        for i in range(20):
+            top, left, height, width = (2 * number for number in crop_box(750, 1000, scale, generator(size, i)))
+            ours = resize(pictures[0][top // 2 : (top + height) // 2, left // 2 : (left + width) // 2], (size, size)).float()
+            theirs = resize(pictures[1][top : top + height, left : left + width], (size, size)).float()
+            difference = (ours - theirs).abs()
+            assert difference.mean() < 1 and (difference > 8).float().mean() < 1e-3, (size, height, width)
+    crops, recipe, _, _ = reduced[0, 0]
+    again, _, _, _ = reduced[0, 0]
+    assert [tuple(crop.shape[1:]) for crop in crops] == [(224, 224)] * 2 + [(96, 96)] * 8
+    assert all(torch.equal(crop, same) for crop, same in zip(crops, again))

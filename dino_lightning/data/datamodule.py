@@ -65,6 +65,8 @@ class MultiCropDataModule(LightningDataModule):
         max_unreadable: largest share of the images that may be unreadable in an epoch before the run stops. An unreadable
             image is replaced by another one and named in the log.
         max_bank: largest number of labelled training images that the monitors compare with.
+        scaled_decoding: read JPEGs of a folder from about 2 megapixels on (with the default crops) reduced by 2, 4 or 8, as far as every
+            crop still shrinks by 1.5: five times faster for 12 megapixels, and crops change by 0.3 of 255 levels on average.
 
     Attributes:
         batch_came: when the last batch had been waited for (``time.perf_counter``), and was about to be moved and painted; None before.
@@ -95,6 +97,7 @@ class MultiCropDataModule(LightningDataModule):
         seed: int | None = None,
         max_unreadable: float = 0.01,
         max_bank: int = 50_000,
+        scaled_decoding: bool = True,
     ) -> None:
         super().__init__()
         if dataset is not None and not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -130,6 +133,7 @@ class MultiCropDataModule(LightningDataModule):
             vflip_p=vflip_p,
         )
         self.max_bank = max_bank
+        self.scaled_decoding = scaled_decoding
         self._train_source: Dataset | None = None
         self._query_folders: list[Path] = []
         self._unreadable = UnreadableLedger(max_unreadable)
@@ -162,7 +166,7 @@ class MultiCropDataModule(LightningDataModule):
             log.warning("batch_size=%d is more than the %d images per device; it is set to that", self.batch_size, most)
             self.batch_size = most
         return self._loader(
-            TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed),
+            TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed, self.scaled_decoding),
             drop_last=True,
             persistent_workers=self.num_workers > 0,
             collate_fn=collate_views,

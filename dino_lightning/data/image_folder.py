@@ -1,7 +1,7 @@
 """A folder of images as a Dataset of uint8 arrays, with labels where its subfolders name classes."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,12 @@ class ImageFolder(Dataset):
         return len(self._ends) - 1
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.reduced(index, None)
+
+    def reduced(self, index: int, reduction: Callable[[int, int], int] | None) -> tuple[np.ndarray, int]:
+        """Item ``index``, if it is a large JPEG reduced as far as ``reduction`` allows (``read_image``)."""
         label = -1 if self.labels is None else int(self.labels[index])
-        return read_image(self.path(index), self.in_chans), label
+        return read_image(self.path(index), self.in_chans, reduction), label
 
     def path(self, index: int) -> str:
         """The absolute path of image ``index``."""

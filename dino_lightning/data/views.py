@@ -1,7 +1,7 @@
 """From a source of images to what the loaders yield: training views, evaluation views, images with their paths."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,9 +34,14 @@ class Unpainted(NamedTuple):
     unreadable: list[str]
 
 
-def load(source: Dataset, index: int, in_chans: int) -> tuple[np.ndarray, int]:
-    """Image (H, W, C) of uint8 and label (-1 without) of a sample that is an image or (image, label, ...)."""
-    sample = source[index]
+def load(
+    source: Dataset, index: int, in_chans: int, reduction: Callable[[int, int], int] | None = None
+) -> tuple[np.ndarray, int]:
+    """Image (H, W, C) of uint8 and label (-1 without) of a sample that is an image or (image, label, ...).
+
+    A source that can (``ImageFolder``) reads it no larger than ``reduction`` asks for.
+    """
+    sample = source.reduced(index, reduction) if reduction and hasattr(source, "reduced") else source[index]
     image, *rest = sample if isinstance(sample, tuple | list) else (sample,)
     is_label = bool(rest) and np.ndim(rest[0]) == 0 and np.issubdtype(np.asarray(rest[0]).dtype, np.integer)
     return as_array(image, in_chans), int(rest[0]) if is_label else -1
@@ -53,11 +58,12 @@ def _line(source: Dataset, index: int, error: Exception) -> str:
 class TrainingViews(Dataset):
     """(epoch, index) → crops, recipe, label and unreadable images, as a function of (seed, epoch, index) alone.
 
-    An image that cannot be read is replaced by another one of the source, always the same for (seed, epoch, index).
+    Large JPEGs are read reduced if ``scaled_decoding`` (``MultiCrop.reduction``). An image that cannot be read is replaced by another one of the source, always the same for (seed, epoch, index).
     """
 
-    def __init__(self, source: Dataset, multicrop: MultiCrop, in_chans: int, seed: int) -> None:
+    def __init__(self, source: Dataset, multicrop: MultiCrop, in_chans: int, seed: int, scaled_decoding: bool) -> None:
         self.source, self.multicrop, self.in_chans, self.seed = source, multicrop, in_chans, seed
+        self._reduction = multicrop.reduction if scaled_decoding else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -73,7 +79,7 @@ class TrainingViews(Dataset):
         candidate = index
         for attempt in range(_ATTEMPTS):
             try:
-                return load(self.source, candidate, self.in_chans), unreadable
+                return load(self.source, candidate, self.in_chans, self._reduction), unreadable
             except _UNREADABLE as error:
                 unreadable.append(_line(self.source, candidate, error))
             candidate = int(generator(self.seed, epoch, index, _REPLACEMENT + attempt).integers(len(self)))
