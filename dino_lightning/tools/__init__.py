@@ -11,6 +11,7 @@ from dino_lightning.tools.finetune import finetune
 from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
 from dino_lightning.tools.neighbors import neighbors
+from dino_lightning.tools.shrink import shrink
 from dino_lightning.tools.video import video
 
 TOOLS = {
@@ -25,5 +26,6 @@ TOOLS = {
     "knn": knn,
     "linear": linear,
     "neighbors": neighbors,
+    "shrink": shrink,
     "video": video,
 }
