@@ -8,20 +8,21 @@ resized to within one level but for one value in a thousand.
 """
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from others import import_reference
-from pairing import compare, interleaved, parser, save
+from pairing import compare, interleaved, parser, save, seconds
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dino_lightning import MultiCropDataModule
 from dino_lightning.data.multicrop import resize
 from dino_lightning.data.painting import PAINT, paint
 from dino_lightning.data.views import collate_views
+
+CPU = torch.device("cpu")
 
 
 def ours(data: MultiCropDataModule, count: int, painted: bool) -> None:
@@ -90,9 +91,9 @@ if __name__ == "__main__":
     results = {"gate": gate(files[0])}
 
     def timed(work: Callable[[], None]) -> float:
-        start = time.perf_counter()
+        start = seconds(CPU)
         work()
-        return time.perf_counter() - start
+        return seconds(CPU) - start
 
     variants = {
         "ours, worker": functools.partial(ours, data, len(files), False),

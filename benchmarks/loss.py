@@ -12,11 +12,10 @@ import argparse
 import functools
 import subprocess
 import sys
-import time
 
 import torch
 from others import import_reference, single_process_group
-from pairing import compare, interleaved, parser, peak_mb, save
+from pairing import compare, interleaved, parser, peak_mb, save, seconds
 
 from dino_lightning.losses import DINOLoss, IBOTLoss
 
@@ -77,9 +76,9 @@ def measure(args, k=65536, steps=4):
         student, loss_fn = dino(args.only, args.batch, args.views, k, args.reference)
     before, times = peak_mb(CPU), []
     for _ in range(steps):
-        start = time.perf_counter()
+        start = seconds(CPU)
         loss_fn().backward()
-        times.append(time.perf_counter() - start)
+        times.append(seconds(CPU) - start)
         student.grad = None
     print(min(times[1:]) * 1e3, peak_mb(CPU) - before)
 

@@ -5,6 +5,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +66,12 @@ def machine() -> dict[str, str | int]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def seconds(device: torch.device) -> float:
+    """A clock: the wall's where a device works beside the process, else what the process had of a processor, whatever runs beside it."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def synchronize(device: torch.device) -> None:

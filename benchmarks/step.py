@@ -12,12 +12,11 @@ import contextlib
 import functools
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from others import Step, lightly, reference
-from pairing import compare, interleaved, parser, peak_mb, save, synchronize
+from pairing import compare, interleaved, parser, peak_mb, save, seconds
 from torch import Tensor
 
 from dino_lightning import DINOModule
@@ -76,11 +75,9 @@ def whole_step(step: Step, precision: str, device: torch.device) -> Callable[[li
 
 def timed(run: Callable[[list[Tensor]], None], views: list[Tensor], device: torch.device) -> float:
     """Seconds of a step on these views."""
-    synchronize(device)
-    start = time.perf_counter()
+    start = seconds(device)
     run(views)
-    synchronize(device)
-    return time.perf_counter() - start
+    return seconds(device) - start
 
 
 def gate(arch: str, path, tolerance: float = 1e-6) -> float:

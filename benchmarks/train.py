@@ -3,18 +3,17 @@
     python benchmarks/train.py FOLDER [--arch vit_tiny] [--k 4096] [--batch 8] [--steps 20] [--workers 1] [--precision 32-true]
 
 Three variants over the same networks, loader and painting: a loop written by hand, the Trainer, and the Trainer with what the command
-line adds (doctor, throughput, signals, checkpoints within an epoch, a CSV logger). Steps are timed from the end of the second one, by
-the wall clock. On a CPU one thread beside the workers.
+line adds (doctor, throughput, signals, checkpoints within an epoch, a CSV logger). Steps are timed from the end of the second one: on a
+GPU by the wall clock, on a CPU by the processor's time of this process, in one thread beside the workers.
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from pairing import compare, interleaved, parser, peak_mb, save, synchronize
+from pairing import compare, interleaved, parser, peak_mb, save, seconds
 from step import ours, whole_step
 
 from dino_lightning import DINOModule, MultiCropDataModule
@@ -27,12 +26,10 @@ WARM = 2  # steps that are not timed
 class Clock(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if batch_idx + 1 == WARM:
-            synchronize(module.device)
-            self.started = time.perf_counter()
+            self.started = seconds(module.device)
 
     def on_train_end(self, trainer, module):
-        synchronize(module.device)
-        self.ended = time.perf_counter()
+        self.ended = seconds(module.device)
 
 
 def by_hand(args, data: MultiCropDataModule, device: torch.device) -> float:
@@ -42,12 +39,10 @@ def by_hand(args, data: MultiCropDataModule, device: torch.device) -> float:
         views, _ = data.transfer_batch_to_device(batch, device, 0)
         step(views)
         if i + 1 == WARM:
-            synchronize(device)
-            started = time.perf_counter()
+            started = seconds(device)
         if i + 1 == args.steps:
             break
-    synchronize(device)
-    return (time.perf_counter() - started) / (args.steps - WARM)
+    return (seconds(device) - started) / (args.steps - WARM)
 
 
 def by_trainer(args, data: MultiCropDataModule, device: torch.device, with_callbacks: bool, told: dict[str, float]) -> float:
