@@ -190,6 +190,8 @@ def test_compiled_in_place():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     whole = torch.compile(plain.student, backend=counter, fullgraph=True)
     whole([torch.rand(2, 3, side, side) for side in (32, 32, 16)]).sum().backward()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(torch.compile(plain.eval(), backend=counter)(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
 def test_the_option_compiles_and_a_compiled_module_is_refused(monkeypatch):

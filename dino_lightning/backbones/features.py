@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """
     modes = {module: module.training for module in backbone.modules()}
     try:
-        with torch.compiler.set_stance("force_eager"):  # a shape that is not met again
+        with eagerly():  # a shape that is not met again
             features = backbone.eval()(images)
     except Exception as error:
         raise ValueError(_fault(backbone, images, error)) from error
@@ -83,6 +84,11 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
             "pool and flatten its output"
         )
     return features
+
+
+def eagerly() -> AbstractContextManager:
+    """Within it, what was compiled in place runs as it was before: for shapes that are not worth a compilation of their own."""
+    return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
 def first_convolution(backbone: nn.Module) -> nn.Conv2d | None:

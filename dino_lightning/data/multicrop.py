@@ -139,7 +139,8 @@ def crop_box(
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixels (H, W, C) of uint8 → (C, h, w) of uint8, bicubic and antialiased.
 
-    Equal to PIL's resize to within one level; on pure noise two levels for fewer than one pixel in a thousand.
+    Equal to PIL's resize to within one level, but for a few values in 100,000 of photographs (at sharp edges, up to five levels) and
+    fewer than one pixel in a thousand of pure noise.
     """
     # The crop is copied first: a dense channels-last image takes torch's fast path, eight times faster than PIL.
     image = pixels.contiguous().permute(2, 0, 1)[None]

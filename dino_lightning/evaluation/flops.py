@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dino_lightning.backbones.features import eagerly
+
 
 def flops_per_image(student: nn.Module, teacher: nn.Module, views: Sequence[Tensor]) -> int:
     """Of one image's views (1, C, H, W): the student's forward pass over all of them, twice that for its backward pass, and
@@ -26,7 +28,7 @@ def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
         module.training = False
     try:
         # Compiled code would not be counted, and a shape that is not met again would be compiled.
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        with eagerly(), FlopCounterMode(display=False) as counter:
             call()
     finally:
         for module, training in modes.items():

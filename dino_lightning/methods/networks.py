@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dino_lightning.backbones.features import eagerly
+
 
 def split_views(batch: Any) -> list[Tensor]:
     """The views of a training batch: a list of tensors, or (views, anything).
@@ -75,7 +77,7 @@ class Network(nn.Module):
         for norm in modes:
             norm.training = False
         try:
-            with torch.compiler.set_stance("force_eager"):  # its batches have other shapes, each of which would be compiled
+            with eagerly():  # its batches have other shapes, each of which would be compiled
                 return self.backbone(images)
         finally:
             for norm, training in modes.items():
