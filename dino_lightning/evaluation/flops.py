@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning.backbones.features import eagerly
@@ -27,8 +28,8 @@ def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
     for module in modes:
         module.training = False
     try:
-        # Compiled code would not be counted, and a shape that is not met again would be compiled.
-        with eagerly(), FlopCounterMode(display=False) as counter:
+        # Compiled code would not be counted, nor by some versions of torch attention that is fused on a CPU.
+        with eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             call()
     finally:
         for module, training in modes.items():
