@@ -19,7 +19,8 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dino_lightning import MultiCropDataModule
 from dino_lightning.data.multicrop import resize
-from dino_lightning.data.painting import PAINT, paint
+from dino_lightning.data.paint_records import PAINT
+from dino_lightning.data.painting import paint
 from dino_lightning.data.views import collate_views
 
 CPU = torch.device("cpu")

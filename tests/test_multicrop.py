@@ -10,8 +10,9 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from dino_lightning import MultiCropDataModule
-from dino_lightning.data.multicrop import MultiCrop, center_view, crop_box, resize
-from dino_lightning.data.painting import PAINT, paint
+from dino_lightning.data.multicrop import BOX, MultiCrop, center_view, crop_boxes, resize
+from dino_lightning.data.paint_records import PAINT
+from dino_lightning.data.painting import paint
 from dino_lightning.training.randomness import generator
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (97, 131, 3)).astype(np.uint8)
@@ -69,7 +70,8 @@ def test_crop_boxes_are_distributed_as_torchvisions(scale):
     torch.manual_seed(0)
     image = torch.empty(3, 300, 400)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(4000)])
-    ours = np.array([crop_box(300, 400, scale, generator(1, i)) for i in range(4000)])
+    draws = generator(1).random((4000, BOX))
+    ours = crop_boxes(300, 400, [scale] * 4000, draws)
     for name, measure in {
         "area": lambda b: b[:, 2] * b[:, 3],
         "ratio": lambda b: b[:, 3] / b[:, 2],
@@ -78,12 +80,12 @@ def test_crop_boxes_are_distributed_as_torchvisions(scale):
     }.items():
         assert kolmogorov_smirnov(measure(ours), measure(theirs)) < 1, name
     assert (ours[:, 0] + ours[:, 2] <= 300).all() and (ours[:, 1] + ours[:, 3] <= 400).all()
-    other = np.array([crop_box(300, 400, (scale[0], scale[1] * 0.85), generator(1, i)) for i in range(4000)])
+    other = crop_boxes(300, 400, [(scale[0], scale[1] * 0.85)] * 4000, draws)
     assert kolmogorov_smirnov(other[:, 2] * other[:, 3], theirs[:, 2] * theirs[:, 3]) > 1, "the test can tell them apart"
 
 
 def test_an_image_too_long_for_any_box_gives_the_central_one():
-    top, left, height, width = crop_box(10, 1000, (0.9, 1.0), generator(0))
+    ((top, left, height, width),) = crop_boxes(10, 1000, [(0.9, 1.0)], generator(0).random((1, BOX)))
     assert (top, height, width) == (0, 10, 13) and left == (1000 - 13) // 2
 
 
@@ -196,9 +198,9 @@ def test_paint_records_are_small():
 def test_reduction_leaves_every_crop_something_to_shrink(height, width, expected):
     multicrop = MultiCrop()
     assert multicrop.reduction(height, width) == expected
-    random = generator(0)
-    sides = [min(crop_box(height // expected, width // expected, multicrop.local_crops_scale, random)[2:]) for _ in range(2000)]
-    assert expected == 1 or min(sides) >= 1.5 * 96
+    scales = [multicrop.local_crops_scale] * 2000
+    sides = crop_boxes(height // expected, width // expected, scales, generator(0).random((2000, BOX)))[:, 2:]
+    assert expected == 1 or sides.min() >= 1.5 * 96
     without_local = MultiCrop(local_crops_number=0, global_crops_size=(150, 150))
     assert without_local.reduction(1500, 2000) == 4, "the smallest global crop has 949 pixels"
 
@@ -218,8 +220,7 @@ def test_crops_of_a_reduced_photograph_are_those_of_the_whole(tmp_path):
     assert reduced._load(0, 0)[0][0].shape == (750, 1000, 3) and whole._load(0, 0)[0][0].shape == (1500, 2000, 3)
     pictures = [torch.from_numpy(views._load(0, 0)[0][0]) for views in (reduced, whole)]
     for size, scale in ((224, (0.4, 1.0)), (96, (0.05, 0.4))):
-        for i in range(20):
-            top, left, height, width = (2 * number for number in crop_box(750, 1000, scale, generator(size, i)))
+        for top, left, height, width in 2 * crop_boxes(750, 1000, [scale] * 20, generator(size).random((20, BOX))):
             ours = resize(pictures[0][top // 2 : (top + height) // 2, left // 2 : (left + width) // 2], (size, size)).float()
             theirs = resize(pictures[1][top : top + height, left : left + width], (size, size)).float()
             difference = (ours - theirs).abs()

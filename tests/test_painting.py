@@ -1,5 +1,8 @@
 """painting.paint against real PIL and torchvision-on-PIL, level by level."""
 
+import os
+import subprocess
+import sys
 from itertools import permutations
 
 import numpy as np
@@ -8,7 +11,9 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from dino_lightning.data.painting import PAINT, SCHEDULE, paint
+from dino_lightning.data import painting
+from dino_lightning.data.paint_records import PAINT
+from dino_lightning.data.painting import SCHEDULE, paint
 
 FACTORS = [0.0, 0.1, 0.6, 0.7999, 0.999, 1.001, 1.2, 1.4, 2.0, 3.7]
 HUES = [-0.5, -0.31, -0.1, -0.05, -1e-6, 1e-6, 0.003, 0.05, 0.1, 0.25, 0.5]
@@ -263,12 +268,62 @@ def test_gpu_as_cpu_and_without_waiting():
     crops = batch(*[picture(64, 48, seed=seed) for seed in range(32)])
     recipe, mean, std = random_recipe(32, seed=8), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     on_gpu = crops.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        painted = paint(on_gpu, recipe, mean, std)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(painted.cpu(), paint(crops, recipe, mean, std), rtol=0, atol=1e-5)
+    expected = paint(crops, recipe, mean, std)
+    for form in (painting.paint, painting._paint_at_once):
+        form(on_gpu, recipe, mean, std)  # kernels are compiled and compared
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            painted = form(on_gpu, recipe, mean, std)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(painted.cpu(), expected, rtol=0, atol=1e-5)
+    assert painting._kernels(on_gpu.device), "one of the forms was Triton's"
+
+
+@pytest.mark.slow
+def test_kernels_for_gpus_give_the_same_levels():
+    """In Triton's interpreter, which is read at its import. One crop is of two blocks of pixels, one colour, all gray."""
+    pytest.importorskip("triton")
+    program = """if True:
+        import numpy as np, torch
+        from dino_lightning.data import painting, painting_triton
+        from test_painting import batch, picture, random_recipe
+        for (height, width), n in (((5, 6), 30), ((33, 32), 2)):
+            crops, recipe = batch(*[picture(height, width, seed=seed) for seed in range(n)]), random_recipe(n, seed=n)
+            crops[1], before = 7, crops.clone()
+            given = crops.repeat_interleave(2, dim=3)[..., ::2]  # not contiguous
+            painted = painting_triton.paint(given, recipe, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+            assert painted.is_contiguous() and torch.equal(given, crops)
+            assert torch.equal(painted, painting.paint(crops, recipe, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]))
+            plain = painting_triton.paint(crops, np.zeros(n, recipe.dtype), [0.5] * 3, [0.2] * 3)
+            assert torch.equal(plain, painting.normalize(crops, [0.5] * 3, [0.2] * 3))
+    """
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_for_gpus_compile_without_fusing_products_and_sums():
+    """For an H100, which need not be there: NVIDIA's assembly, whose own compiler comes with Triton."""
+    triton = pytest.importorskip("triton")
+    compiler = pytest.importorskip("triton.backends.compiler")
+    from dino_lightning.data import painting_triton as kernels
+
+    types = {"levels": "*u8", "source": "*u8", "target": "*u8", "records": "*i32", "table": "*fp32", "sums": "*i32", "normal": "*fp32",
+             "image": "*fp32", "stride": "i32", "pixels": "i32", "step": "i32", "size": "i32"}
+    constants = {"TAPS": 4, "BLOCK": kernels._BLOCK}
+    for kernel in (kernels._add_up, kernels._colour, kernels._box, kernels._finish):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        source = triton.compiler.ASTSource(kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants})
+        built = triton.compile(source, target=compiler.GPUTarget("cuda", 90, 32), options=kernels._EXACT)
+        assert "fma.rn" not in built.asm["ptx"] and built.asm["cubin"], kernel
+
+
+def test_a_gpu_on_which_the_kernels_fail_is_painted_by_torch():
+    painting._kernels.cache_clear()
+    with pytest.warns(UserWarning, match="do not work on cpu"):  # Triton has no kernels for it
+        assert painting._kernels(torch.device("cpu")) is None
+    painting._kernels.cache_clear()
 
 
 def changed(**numbers) -> np.ndarray:

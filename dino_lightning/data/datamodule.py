@@ -168,7 +168,6 @@ class MultiCropDataModule(LightningDataModule):
         return self._loader(
             TrainingViews(self._train_source, self.multicrop, self.in_chans, self.seed, self.scaled_decoding),
             drop_last=True,
-            persistent_workers=self.num_workers > 0,
             collate_fn=collate_views,
             sampler=training_sampler(self._train_source, self.batch_size, self.seed, self.trainer),
         )
@@ -268,6 +267,7 @@ class MultiCropDataModule(LightningDataModule):
             dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,  # idle ones share the memory of their parent; 16 new ones took a second
             worker_init_fn=follow_the_parent,
             pin_memory=torch.cuda.is_available(),
             **options,

@@ -52,7 +52,7 @@ class LabelledDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = training_sampler(self._train, self.batch_size, self.seed, self.trainer)
-        return self._loader(self._train, sampler=sampler, persistent_workers=self.num_workers > 0)
+        return self._loader(self._train, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._queries)
@@ -63,8 +63,15 @@ class LabelledDataModule(LightningDataModule):
         return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images), labels
 
     def _loader(self, views: Dataset, **options: Any) -> DataLoader:
-        pin = torch.cuda.is_available()
-        return DataLoader(views, self.batch_size, num_workers=self.num_workers, pin_memory=pin, **options)
+        workers = self.num_workers
+        return DataLoader(
+            views,
+            self.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
 
 
 class CachedFeatures(Dataset):

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_lightning.data.painting import PAINT
+from dino_lightning.data.paint_records import PAINT
 from dino_lightning.training.randomness import generator
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a crop, log-uniform
+_LOG_RATIO = (math.log(_RATIO[0]), math.log(_RATIO[1]))
+_TRIES = 10
+BOX = 2 * _TRIES + 2  # uniform numbers for a crop's box, each try's area and ratio, and the corner
+_PAINT = 13  # and for its paint
 _SHRINKING = 1.5  # by what the smallest crop must still shrink where an image is reduced before
 
 
@@ -73,13 +77,22 @@ class MultiCrop:
         ``key`` (seed, epoch, sample) alone decides what is drawn.
         """
         pixels = torch.from_numpy(image)
-        recipe = np.zeros(self.n_views, PAINT)
+        # A row for each view: fewer views leave the others as they were.
+        box, flip, paint = np.split(generator(*key).random((self.n_views, BOX + 2 + _PAINT)), [BOX, BOX + 2], axis=1)
+        boxes = crop_boxes(*image.shape[:2], self._scales, box).tolist()
+        flips = (flip < (self.hflip_p, self.vflip_p)).tolist()
         crops = []
-        for view in range(self.n_views):
-            random = generator(*key, view)
-            crops.append(self._crop(pixels, view, random))
-            recipe[view] = self._decide_paint(view, random)
-        return crops, recipe
+        for view, ((top, left, height, width), (mirrored, upside_down)) in enumerate(zip(boxes, flips)):
+            size = self.global_crops_size if view < 2 else self.local_crops_size
+            crop = resize(pixels[top : top + height, left : left + width], size)
+            dims = [-1] * mirrored + [-2] * upside_down
+            crops.append(crop.flip(dims) if dims else crop)
+        return crops, self._decide_paint(paint)
+
+    @property
+    def _scales(self) -> np.ndarray:
+        """(V, 2): least and largest share of the area."""
+        return np.array([self.global_crops_scale] * 2 + [self.local_crops_scale] * self.local_crops_number)
 
     def reduction(self, height: int, width: int) -> int:
         """By how much (1, 2, 4 or 8) an image may be made smaller before it is cropped: every crop still shrinks by 1.5 or more.
@@ -96,44 +109,45 @@ class MultiCrop:
         ]
         return max(factor for factor in (1, 2, 4, 8) if factor == 1 or factor * _SHRINKING <= min(sides))
 
-    def _crop(self, pixels: Tensor, view: int, random: np.random.Generator) -> Tensor:
-        is_global = view < 2
-        size = self.global_crops_size if is_global else self.local_crops_size
-        scale = self.global_crops_scale if is_global else self.local_crops_scale
-        top, left, height, width = crop_box(*pixels.shape[:2], scale, random)
-        crop = resize(pixels[top : top + height, left : left + width], size)
-        flips = [dim for dim, p in ((-1, self.hflip_p), (-2, self.vflip_p)) if random.random() < p]
-        return crop.flip(flips) if flips else crop
+    def _decide_paint(self, draws: np.ndarray) -> np.ndarray:
+        """Uniform numbers (V, _PAINT) → ``PAINT`` records (V,).
 
-    def _decide_paint(self, view: int, random: np.random.Generator) -> tuple:
-        """One record. Every number is drawn every time, so that one option does not change the draws of another."""
-        jitter, gray, blur, solarize = random.random(4).tolist()
-        order = random.permutation(4)
-        strength = np.asarray(self.color_jitter)
-        *factors, hue = random.uniform(-strength, strength).tolist()
-        sigma = random.uniform(*self.blur_sigma)
-        brightness, contrast, saturation = (max(0.0, 1 + factor) for factor in factors)
-        sigma = sigma if blur < self.blur_p[min(view, 2)] else 0
-        solarizes = view == 1 and solarize < self.solarize_p
-        return jitter < self.jitter_p, order, brightness, contrast, saturation, hue, gray < self.grayscale_p, sigma, solarizes
+        Every number is drawn every time, so that one option does not change the draws of another.
+        """
+        order, strengths, (jitter, gray, blur, solarize, sigma) = draws[:, :4], draws[:, 4:8], draws[:, 8:].T
+        *factors, hue = ((2 * strengths - 1) * self.color_jitter).T
+        first, second, local = self.blur_p
+        recipe = np.zeros(self.n_views, PAINT)
+        recipe["jitter"] = jitter < self.jitter_p
+        recipe["order"] = order.argsort(axis=1)
+        recipe["brightness"], recipe["contrast"], recipe["saturation"] = np.maximum(0, 1 + np.stack(factors))
+        recipe["hue"] = hue
+        recipe["gray"] = gray < self.grayscale_p
+        low, high = self.blur_sigma
+        recipe["blur_sigma"] = np.where(blur < [first, second, *[local] * self.local_crops_number], low + (high - low) * sigma, 0)
+        recipe["solarize"][1] = solarize[1] < self.solarize_p
+        return recipe
 
 
-def crop_box(
-    height: int, width: int, scale: tuple[float, float], random: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a random crop: area uniform in ``scale``, aspect ratio log-uniform in 3/4 to 4/3.
+def crop_boxes(height: int, width: int, scales: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """(top, left, height, width) of random crops, (n, 4): area uniform in ``scales`` (n, 2), aspect ratio log-uniform in 3/4 to 4/3.
 
-    After ten boxes that do not fit, the largest central one of an allowed ratio (torchvision's RandomResizedCrop).
+    After ten boxes that do not fit, the largest central one of an allowed ratio (torchvision's RandomResizedCrop). ``draws`` are
+    uniform numbers (n, ``BOX``).
     """
-    for _ in range(10):
-        area = height * width * random.uniform(*scale)
-        ratio = math.exp(random.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(random.integers(height - h + 1)), int(random.integers(width - w + 1)), h, w
+    low, high = np.asarray(scales).T[..., None]
+    area = height * width * (low + (high - low) * draws[:, :_TRIES])  # (n, tries)
+    ratio = np.exp(_LOG_RATIO[0] + (_LOG_RATIO[1] - _LOG_RATIO[0]) * draws[:, _TRIES : 2 * _TRIES])
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    tried = np.arange(len(draws)), fits.argmax(axis=1)  # the first that fits
     ratio = min(max(width / height, _RATIO[0]), _RATIO[1])
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    return (height - h) // 2, (width - w) // 2, h, w
+    central = min(width, round(height * ratio)), min(height, round(width / ratio))
+    any_fits = fits.any(axis=1)
+    w, h = (np.where(any_fits, tried_sides[tried], side) for tried_sides, side in zip((w, h), central))
+    spare = np.stack([height - h, width - w])
+    corner = np.where(any_fits, np.floor(draws[:, 2 * _TRIES :].T * (spare + 1)), spare // 2)
+    return np.stack([*corner, h, w], axis=1).astype(int)
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -12,11 +12,14 @@ to 5.3. The levels pass through no step whose rounding a device may choose (no f
 Python number that CUDA would turn into a product), so a GPU should give the same ones; that has not been tried. A
 Pillow built with fused multiply-add (the compiler's choice on other processors) may blend a level within float32
 rounding of a whole number to its neighbour. The normalised floats may be off in the last bit on a GPU.
+
+An NVIDIA GPU takes the kernels of ``painting_triton.py``, once they have shown there that their levels are these.
 """
 
 import functools
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,25 +27,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_lightning.data.paint_records import BRIGHTNESS, CONTRAST, HUE, PAINT, SATURATION, box_weights, hue_shifts, hue_table
 from dino_lightning.training.late import sent
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# One record per crop. Factor 1.0 (brightness, contrast, saturation) and hue 0.0 mean "leave this operation out": any
-# other hue, however small, costs a round trip through 8-bit HSV, as in PIL. Hue is in turns, blur_sigma in pixels.
-PAINT = np.dtype([("jitter", np.bool_), ("order", np.uint8, (4,)), ("brightness", np.float32), ("contrast", np.float32),
-                  ("saturation", np.float32), ("hue", np.float32), ("gray", np.bool_), ("blur_sigma", np.float32),
-                  ("solarize", np.bool_)])
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 # Each of the 24 orders is a subsequence of these twelve operations (no shorter sequence has that property), so a batch
 # in which every crop has its own order is jittered in twelve groups, and hue, by far the dearest, is in only two.
 SCHEDULE = (0, 1, 2, 3, 0, 1, 2, 0, 3, 1, 0, 2)
 
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 CPU_PIXELS = 1 << 18
-ONE = 1 << 24  # PIL's box weights are fixed-point numbers with 24 fractional bits
 
 
 class Step(NamedTuple):
@@ -69,12 +65,25 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
         float32 (N, C, H, W), contiguous, on the device of `crops`.
     """
     _check(crops, recipe, mean, std)
+    if crops.device.type == "cpu":
+        return _paint_in_pieces(crops, recipe, mean, std)
+    fits = crops.shape[1] == 3 and math.prod(crops.shape[2:]) < 1 << 23 and len(crops) > 0
+    if crops.device.type == "cuda" and fits and (kernels := _kernels(crops.device)):
+        return kernels(crops, recipe, mean, std)
+    return _paint_at_once(crops, recipe, mean, std)
+
+
+def _paint_at_once(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """For a device that wants few large operations."""
     center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
-    if crops.device.type != "cpu":  # which wants few large operations
-        image = crops.to(torch.float32, memory_format=torch.contiguous_format)
-        _paint(image, recipe)
-        return image.div_(255).sub_(center).div_(spread)
-    # A CPU wants its temporaries in its last cache: five crops of 224, or 28 of 96, which share operations if they are alike.
+    image = crops.to(torch.float32, memory_format=torch.contiguous_format)
+    _paint(image, recipe)
+    return image.div_(255).sub_(center).div_(spread)
+
+
+def _paint_in_pieces(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """For a CPU, which wants its temporaries in its last cache: five crops of 224, or 28 of 96, that share operations if alike."""
+    center, spread = _ship([np.reshape(mean, (-1, 1, 1)), np.reshape(std, (-1, 1, 1))], np.float32, crops.device)
     image = torch.empty(crops.shape, dtype=torch.float32)
     size = max(1, CPU_PIXELS // math.prod(crops.shape[2:]))
     alike = np.lexsort([recipe["gray"], recipe["blur_sigma"] > 0, *recipe["order"].T, recipe["jitter"]])
@@ -88,6 +97,32 @@ def paint(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequenc
         for crop, row in zip(piece, rows):
             torch.div(crop, spread, out=image[row])
     return image
+
+
+@functools.cache
+def _kernels(device: torch.device) -> Callable[[Tensor, np.ndarray, Sequence[float], Sequence[float]], Tensor] | None:
+    """`painting_triton.paint` if it works on this GPU and gives the levels of this file there, else None and a warning."""
+    rng = np.random.default_rng(0)
+    recipe = np.zeros(24, PAINT)
+    recipe["jitter"], recipe["order"] = True, list(itertools.permutations(range(4)))
+    for name in ("brightness", "contrast", "saturation"):
+        recipe[name] = rng.uniform(0.5, 1.5, 24)
+    recipe["hue"] = rng.uniform(-0.5, 0.5, 24)
+    recipe["gray"][::4], recipe["blur_sigma"][::2], recipe["solarize"][::3] = True, rng.uniform(0.1, 3, 12), True
+    crops = torch.from_numpy(rng.integers(0, 256, (24, 3, 40, 56), dtype=np.uint8)).to(device)
+    try:  # whatever keeps a compiler from its work: no Triton, no C compiler, no room for its cache, a driver that is too old
+        from dino_lightning.data.painting_triton import paint as kernels
+
+        same = torch.allclose(kernels(crops, recipe, IMAGENET_MEAN, IMAGENET_STD),
+                              _paint_at_once(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), atol=1e-4)  # a level is 0.017
+        reason = "" if same else "their levels differ from PIL's"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if not reason:
+        return kernels
+    warnings.warn(f"crops are painted by some hundred operations instead of nine kernels of Triton, which do not work on {device}: "
+                  f"{reason}. Results are the same; a step may take longer. Install triton and a C compiler to mend that.")
+    return None
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -141,22 +176,20 @@ def _steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
     nothing = np.empty((len(recipe), 0))
     if channels == 3:
         yield from _step(_gray, recipe["gray"], nothing)
-    yield from _step(_blur, recipe["blur_sigma"] > 0, _box_weights(recipe["blur_sigma"]))
+    yield from _step(_blur, recipe["blur_sigma"] > 0, box_weights(recipe["blur_sigma"]))
     if channels == 3:
         yield from _step(_solarize, recipe["solarize"], nothing)
 
 
 def _jitter_steps(recipe: np.ndarray, channels: int) -> Iterator[Step]:
     """Walk `SCHEDULE`; a crop takes part whenever the operation on offer is the next one of its own order."""
-    # PIL adds the truncated shift to an 8-bit hue, which wraps around.
-    shift = np.trunc(recipe["hue"].astype(np.float64) * 255) % 256
     on = recipe["jitter"]
     colour = on & (channels == 3)
     jitter = {
         BRIGHTNESS: (_brightness, recipe["brightness"], on & (recipe["brightness"] != 1)),
         CONTRAST: (_contrast, recipe["contrast"], on & (recipe["contrast"] != 1)),
         SATURATION: (_saturation, recipe["saturation"], colour & (recipe["saturation"] != 1)),
-        HUE: (_hue, shift, colour & (recipe["hue"] != 0)),
+        HUE: (_hue, hue_shifts(recipe["hue"]), colour & (recipe["hue"] != 0)),
     }
     done = np.zeros(len(recipe), np.intp)
     order = np.full((len(recipe), 5), len(jitter))  # the fifth entry stands for "all done": nothing is due
@@ -243,22 +276,7 @@ def _hue_levels(red: Tensor, green: Tensor, blue: Tensor, value: Tensor, span: T
     others = torch.addcmul(if_red, not_red, others.sub_(if_red))
     row = others.add_(not_green.add_(1).mul_(not_red), alpha=511).add_(255)
     index = row.mul_(256).add_(span).int()
-    return _hue_table(red.device).index_select(0, index.flatten()).view_as(red)
-
-
-@functools.cache
-def _hue_table(device: torch.device) -> Tensor:
-    """PIL's hue, float32, for each (largest channel, difference of the other two from -255 on, span), 3 × 511 × 256 in a row."""
-    largest = torch.arange(3).view(3, 1, 1)
-    difference = torch.arange(-255, 256).view(1, 511, 1)
-    span = torch.arange(256).view(1, 1, 256)
-    # Of the two others one is the span below the largest, the other, by which they differ, less. Quotients are float32,
-    # their sums float64, then float32 again: in C the constants 2.0 and 4.0 are doubles, and rounding the sums twice
-    # would move some hues to the neighbouring level.
-    below = [(span + part) / span.clamp(min=1) for part in (difference.clamp(max=0), -difference.clamp(min=0))]
-    sixths = (2 * largest + below[0].double()) - below[1].double()
-    turns = sixths.float() / 6
-    return (turns - turns.floor()).mul(255).floor().flatten().to(device)
+    return hue_table(red.device).index_select(0, index.flatten()).view_as(red)
 
 
 def _gray(image: Tensor, _: Tensor) -> None:
@@ -296,27 +314,6 @@ def _box_passes(levels: Tensor, weights: Sequence[Tensor], bias: Tensor) -> Tens
             total.addcmul_(padded.narrow(2, reach + distance, height), weights[distance])
         torch.bitwise_right_shift(total.add_(bias), 24, out=inner)
     return inner
-
-
-def _box_weights(sigma: np.ndarray) -> np.ndarray:
-    """Numbers for `_blur`, (n,) -> (n, 1 + taps): the rounding bias, then the weight of the pixels 0, 1, 2, ... away.
-
-    The box that, run three times, has variance sigma**2 has a fractional radius (Gwosdek et al., "Theoretical
-    Foundations of Gaussian Convolution by Extended Box Filtering", SSVM 2011): full weight up to its whole part, the
-    rest on the next pixel. float32 where PIL has it. All results are whole and at most 2**24, so float32 can hold them.
-    """
-    variance = sigma * sigma / np.float32(3)
-    length = np.sqrt(12.0 * variance.astype(np.float64) + 1.0).astype(np.float32)
-    whole = np.floor((length - 1) / 2)
-    radius = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    whole = np.floor(radius).astype(np.int64)[:, None]  # (n, 1)
-    full = (np.float32(ONE) / (radius * 2 + 1)).astype(np.int64)[:, None]
-    edge = (ONE - (2 * whole + 1) * full) // 2
-    distance = np.arange(whole.max(initial=0) + 2)
-    weights = np.where(distance <= whole, full, np.where(distance == whole + 1, edge, 0))
-    # Half a level for rounding, less what the zero shift by 128 levels misses where the weights sum to ONE - 1.
-    bias = ONE // 2 + 128 * (weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdims=True) - ONE)
-    return np.concatenate([bias, weights], axis=1)
 
 
 def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2.functional import resized_crop
 
 from dino_lightning.data.decode import UnreadableImage, as_array
-from dino_lightning.data.multicrop import MultiCrop, center_view, crop_box
+from dino_lightning.data.multicrop import BOX, MultiCrop, center_view, crop_boxes
 from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class CropViews(EvaluationViews):
             log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
             return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
         random = generator(self.seed, epoch, index)
-        box = crop_box(*image.shape[:2], (0.08, 1.0), random)
+        (box,) = crop_boxes(*image.shape[:2], [(0.08, 1.0)], random.random((1, BOX))).tolist()
         view = resized_crop(torch.from_numpy(image).permute(2, 0, 1), *box, list(self.size), antialias=True)
         return view.flip(-1) if random.random() < 0.5 else view, label
 
