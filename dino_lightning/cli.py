@@ -85,6 +85,7 @@ class DINOCLI(LightningCLI):
         # By itself Lightning saves nothing between validations, nor anything of a run without them if they are not due every epoch.
         every_epoch = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in every_epoch.items()})
+        parser.set_defaults({f"data.{name}": value for name, value in method_class(self._method).data.items()})
         methods = f"how to train: {', '.join(METHODS)}, each with options of its own"
         parser.add_argument("--method", type=str, default=self._method, help=methods)
         parser.add_argument(

@@ -1,4 +1,4 @@
-"""Learned positions at the grid of another image size."""
+"""Positions of patches: learned ones at the grid of another image size, and fixed ones."""
 
 import torch
 from torch import Tensor
@@ -44,3 +44,21 @@ class _Bicubic(torch.autograd.Function):
 def _bicubic(images: Tensor, target: tuple[int, int], scale: tuple[float, float] | None, antialias: bool) -> Tensor:
     size = {"size": target} if scale is None else {"scale_factor": scale}
     return F.interpolate(images, mode="bicubic", antialias=antialias, **size)
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positions (1, 1 + h·w, ``dim``) of a grid (h, w) of patches, row by row, and of the class token, which are zeros.
+
+    A quarter each is the sine and the cosine of the column, then of the row, at frequencies from 1 down to nearly 1 / 10,000
+    (Vaswani et al. 2017, section 3.5, along each axis).
+
+    Raises:
+        ValueError: if four does not divide ``dim``.
+    """
+    if dim % 4:
+        raise ValueError(f"fixed positions need a width that four divides, got {dim}")
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    angles = [places.flatten()[:, None] * frequencies for places in (columns, rows)]
+    patches = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim), patches.float()])[None]

@@ -154,6 +154,14 @@ class VisionTransformer(nn.Module):
         patches = [tokens[:, self.prefix_tokens :].transpose(1, 2).unflatten(-1, grid) for tokens in found]
         return [Tokens(tokens[:, 0], places, tokens[:, 1 : self.prefix_tokens]) for tokens, places in zip(found, patches)]
 
+    def forward_kept(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Images (B, C, H, W) of which only the patches ``kept`` (B, n), by their numbers, are seen → all tokens after the final norm
+        (B, 1 + R + n, D): the class token, registers, and these patches in the order of ``kept``.
+        """
+        prefix, patches = self._tokens(x).tensor_split([self.prefix_tokens], dim=1)
+        patches = patches.gather(1, kept[..., None].expand(-1, -1, self.embed_dim))
+        return self.norm(self.blocks(torch.cat([prefix, patches], dim=1))[-1])
+
     def set_grid(self, img_size: int | Sequence[int]) -> None:
         """Interpolates the learned positions to the grid of another image size once and for all."""
         sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)

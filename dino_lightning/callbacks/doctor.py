@@ -80,11 +80,15 @@ class CollapseDoctor(Callback):
         if self._reading is not None:
             self._judge(trainer)
         seen = pl_module.observed
-        if seen is None or seen.logits is None or "kl" not in outputs:  # a method without prototypes, a subclass's own training_step
+        if seen is None:  # a training step of another's
             return
         features, logits, center = seen  # (2·B, D), (2·B, K), (1, K)
-        entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
+        numbers = dict(zip(("feature_std", "feature_rank", "view_agreement"), spread))
+        if logits is None or "kl" not in outputs:  # a method without prototypes has no verdicts yet
+            pl_module.report(numbers)
+            return
+        entropy, kl = outputs["teacher_entropy"], outputs["kl"]
         first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
         missing = torch.full_like(kl, torch.nan)
         patches = [outputs.get(name, missing) for name in _OF_PATCHES]
@@ -96,7 +100,6 @@ class CollapseDoctor(Callback):
         self._batches += 1
         if self._batches == _WINDOW:
             self._close(trainer, pl_module.device)
-        numbers = dict(zip(("feature_std", "feature_rank", "view_agreement"), spread))
         pl_module.report(numbers if self._share_used is None else {**numbers, "prototypes_used": self._share_used})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

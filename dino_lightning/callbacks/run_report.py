@@ -46,9 +46,10 @@ class RunReport(Callback):
         size = sum(parameter.numel() for parameter in pl_module.trained.backbone.parameters()) / 1e6
         name = pl_module.backbone_name or type(pl_module.trained.backbone).__name__
         step = f" of {images} images" if images else ""
+        prototypes = f", {pl_module.options['out_dim']} prototypes" if "out_dim" in pl_module.options else ""
         _table(
             images=_images(trainer),
-            network=f"{name}, {size:.1f} million parameters, {pl_module.options['out_dim']} prototypes",
+            network=f"{name}, {size:.1f} million parameters{prototypes}",
             device=f"{device}, precision {trainer.precision}",
             steps=f"{total}{step}, {in_epoch} an epoch",
             **{"run folder": folder},

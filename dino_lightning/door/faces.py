@@ -19,6 +19,10 @@ COMMANDS = {
 METHOD_LINES = {
     "dino": "Self-distillation of views of an image (Caron et al. 2021); the default.",
     "dinov2": "With masked patches, for features of places as well (Oquab et al. 2023).",
+    "simclr": "For comparison: two views told from those of the batch (Chen et al. 2020).",
+    "byol": "For comparison: the moving average's projection predicted (Grill et al. 2020).",
+    "moco_v3": "For comparison: queries, and keys of the moving average (Chen et al. 2021).",
+    "mae": "For comparison: the pixels of hidden patches (He et al. 2022).",
 }
 
 # The options GROUP.NAME are the arguments of a class, model.NAME those of the method's.

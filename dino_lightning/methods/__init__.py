@@ -3,7 +3,14 @@
 import importlib
 
 # Name, which is that of its file, and class. Nothing is imported before it is asked for.
-METHODS = {"dino": "DINOModule", "dinov2": "DINOv2Module"}
+METHODS = {
+    "dino": "DINOModule",
+    "dinov2": "DINOv2Module",
+    "simclr": "SimCLRModule",
+    "byol": "BYOLModule",
+    "moco_v3": "MoCoV3Module",
+    "mae": "MAEModule",
+}
 
 
 def home(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ from dino_lightning.training.optim import build_optimizer, clip_together_, gradi
 from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
 from dino_lightning.weights.networks import facts_of
 
+log = logging.getLogger(__name__)
+
 _NO_OPTIONS = ("self", "__class__", "given", "backbone", "weights", "weights_with_head")
 _OBJECT = "object:"  # how a backbone that was given as an object stands in the hyper-parameters
 
@@ -72,6 +75,7 @@ class Method(LightningModule):
     method: ClassVar[str]  # its name behind --method and in checkpoints
     title: ClassVar[str]  # its name for people
     plan_type: ClassVar[type[Plan]] = Plan
+    data: ClassVar[dict[str, Any]] = {}  # options of MultiCropDataModule that it wants other than they are by default
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         """``arguments``: the ``locals()`` of the method's own ``__init__``, in which ``backbone`` is ``plain`` already."""
@@ -203,6 +207,8 @@ class Method(LightningModule):
         resume.count_logged_steps(self.trainer)
         views = split_views(batch)
         check_views(views, self.trained.backbone, self._width)
+        if len(views) > 2 and self.data.get("local_crops_number") == 0:
+            log.warning("%s has no use for the %d local views of each image; leave them out by local_crops_number=0", self.title, len(views) - 2)
         self.images = {"size": list(views[0].shape[-2:]), **_normalization(self.trainer.datamodule)}
         total, in_epoch = count_steps(self.trainer)
         images = count_images(self.trainer, first_batch_size=len(views[0]))

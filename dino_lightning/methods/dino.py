@@ -13,23 +13,19 @@ from dino_lightning.losses.dino import DINOLoss
 from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
 from dino_lightning.training.optim import clip_each_
-from dino_lightning.training.plan import Plan, Unsaid
+from dino_lightning.training.plan import MomentumPlan, Unsaid
 from dino_lightning.training.randomness import seeded
-from dino_lightning.training.schedules import cosine_schedule, linear_warmup
+from dino_lightning.training.schedules import linear_warmup
 from dino_lightning.weights.load import start_from
 
 
 @dataclass(frozen=True)
-class DINOPlan(Plan):
-    """The teacher's schedules too: its momentum at every step, its temperature at every epoch."""
+class DINOPlan(MomentumPlan):
+    """The temperature of the teacher too, at every epoch."""
 
-    momentum_teacher: float
     warmup_teacher_temp: float
     teacher_temp: float
     warmup_teacher_temp_epochs: int
-
-    def momentum_at(self, step: int) -> float:
-        return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
 
     def teacher_temp_at(self, step: int) -> float:
         return linear_warmup(
@@ -40,7 +36,7 @@ class DINOPlan(Plan):
         )
 
     def values_at(self, step: int) -> dict[str, float]:
-        return super().values_at(step) | {"momentum": self.momentum_at(step), "teacher_temp": self.teacher_temp_at(step)}
+        return super().values_at(step) | {"teacher_temp": self.teacher_temp_at(step)}
 
 
 class DINOModule(Method):

@@ -20,19 +20,18 @@ from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
 from dino_lightning.training.late import sent
 from dino_lightning.training.optim import Layered, build_optimizer, clip_together_, layered_param_groups
-from dino_lightning.training.plan import Plan, Unsaid
+from dino_lightning.training.plan import MomentumPlan, Unsaid
 from dino_lightning.training.randomness import generator, seeded
-from dino_lightning.training.schedules import cosine_schedule, linear_warmup
+from dino_lightning.training.schedules import linear_warmup
 from dino_lightning.weights.load import start_from
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DINOv2Plan(Plan):
+class DINOv2Plan(MomentumPlan):
     """The reference's schedules, all of the step: also the teacher's temperature. Beyond the end they have their last value."""
 
-    momentum_teacher: float
     warmup_teacher_temp: float
     teacher_temp: float
     warmup_teacher_temp_epochs: float
@@ -41,15 +40,12 @@ class DINOv2Plan(Plan):
     def last_layer_lr_at(self, step: int) -> float:
         return 0.0 if step < self.steps(self.freeze_last_layer) else self.lr_at(step)
 
-    def momentum_at(self, step: int) -> float:
-        return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
-
     def teacher_temp_at(self, step: int) -> float:
         warmup_steps = self.steps(self.warmup_teacher_temp_epochs)
         return linear_warmup(step, start_value=self.warmup_teacher_temp, final_value=self.teacher_temp, warmup_epochs=warmup_steps)
 
     def values_at(self, step: int) -> dict[str, float]:
-        own = {"last_layer_lr": self.last_layer_lr_at, "momentum": self.momentum_at, "teacher_temp": self.teacher_temp_at}
+        own = {"last_layer_lr": self.last_layer_lr_at, "teacher_temp": self.teacher_temp_at}
         return super().values_at(step) | {name: value_at(step) for name, value_at in own.items()}
 
 

@@ -1,6 +1,7 @@
 """Student and teacher: a backbone and its heads, and what follows them."""
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -32,6 +33,11 @@ def split_views(batch: Any) -> list[Tensor]:
             f"expected at least two views (B, C, H, W) with the same B and C, the first two the global crops, got {shapes}"
         )
     return list(views)
+
+
+def global_views(batch: Any) -> list[Tensor]:
+    """The two global views of a training batch, for methods that have no use for local ones."""
+    return split_views(batch)[:2]
 
 
 class Network(nn.Module):
@@ -85,14 +91,14 @@ class Network(nn.Module):
 
 
 class Teacher(Network):
-    """The exponential moving average of a student: a frozen copy without stochastic depth and dropout.
+    """The exponential moving average of a student: a frozen copy without stochastic depth and dropout, and without the parts named.
 
     Only its batch norms are in training mode, whatever ``train()`` or ``eval()`` says: they normalise by the batch and keep
     running statistics of their own, as in the reference.
     """
 
-    def __init__(self, student: Network) -> None:
-        super().__init__(**{name: copy.deepcopy(part) for name, part in student.named_children()})
+    def __init__(self, student: Network, without: Sequence[str] = ()) -> None:
+        super().__init__(**{name: copy.deepcopy(part) for name, part in student.named_children() if name not in without})
         self.requires_grad_(False)
         self.train()
 
@@ -105,7 +111,9 @@ class Teacher(Network):
     @torch.no_grad()
     def follow(self, student: Network, momentum: float) -> None:
         """θ_t ← m·θ_t + (1 − m)·θ_s for all parameters; buffers stay the teacher's own."""
-        torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), 1 - momentum)
+        parts = [(part, getattr(student, name)) for name, part in self.named_children()]
+        own, others = (list(itertools.chain.from_iterable(part.parameters() for part in of)) for of in zip(*parts))
+        torch._foreach_lerp_(own, others, 1 - momentum)
 
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:

@@ -53,16 +53,19 @@ def _is_range(value: Any) -> bool:
 
 _AT_LEAST_ONE = (
     "patch_size", "in_chans", "out_dim", "hidden_dim", "bottleneck_dim", "head_layers", "ibot_out_dim", "ibot_hidden_dim",
-    "ibot_bottleneck_dim",
+    "ibot_bottleneck_dim", "decoder_dim", "decoder_depth", "decoder_heads",
+    "projection_dim",
 )  # fmt: skip
 _COUNTS = ("warmup_epochs", "warmup_teacher_temp_epochs", "freeze_last_layer", "freeze_backbone_epochs", "registers")
 _NOT_NEGATIVE = (
     "lr", "min_lr", "weight_decay", "weight_decay_end", "clip_grad", "dino_loss_weight", "ibot_loss_weight", "koleo_loss_weight",
     "patch_embed_lr_mult",
 )  # fmt: skip
-_POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp", "layerwise_decay")
-_SHARES = ("momentum_teacher", "center_momentum", "mask_probability")
-_SWITCHES = ("use_bn_in_head", "compile", "norm_last_layer", "ibot_separate_head")
+_POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp", "layerwise_decay", "temperature")
+_SHARES = ("momentum_teacher", "center_momentum", "mask_probability", "masking_ratio")
+_SWITCHES = (
+    "use_bn_in_head", "compile", "norm_last_layer", "ibot_separate_head", "freeze_patch_embed", "normalize_pixels",
+)  # fmt: skip
 _WORDS = {"optimizer": ("adamw", "sgd", "lars"), "centering": ("centering", "sinkhorn_knopp"), "ffn": ("mlp", "swiglu")}
 _WANTED = (  # NaN fits none of the ranges
     ((*_AT_LEAST_ONE, *_COUNTS), _is_integer, "be an integer"),
@@ -76,7 +79,7 @@ _WANTED = (  # NaN fits none of the ranges
     (_SHARES, lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     (("drop_path_rate",), lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (("layer_scale",), lambda value: value is None or (_is_number(value) and value > 0), "be a positive number or null"),
-    (("mask_ratio",), _is_range, "be two numbers of [0, 1], the smaller first"),
+    (("mask_ratio", "betas"), _is_range, "be two numbers of [0, 1], the smaller first"),
 )
 
 

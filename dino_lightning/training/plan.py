@@ -72,6 +72,19 @@ class Plan:
         return {"lr": self.lr_at(step), "weight_decay": self.weight_decay_at(step)}
 
 
+@dataclass(frozen=True)
+class MomentumPlan(Plan):
+    """With a teacher that follows its student ever more slowly."""
+
+    momentum_teacher: float
+
+    def momentum_at(self, step: int) -> float:
+        return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
+
+    def values_at(self, step: int) -> dict[str, float]:
+        return super().values_at(step) | {"momentum": self.momentum_at(step)}
+
+
 def check_epochs(trainer: Trainer, options: Mapping[str, Any]) -> None:
     """Refuses warm-ups that are longer than the run as soon as that is known: raises ValueError, naming option and numbers."""
     if trainer.max_epochs and trainer.max_epochs > 0 and trainer.max_steps == -1 and not trainer.fast_dev_run:

@@ -1,0 +1,116 @@
+"""BYOLModule: a student predicts what its moving average makes of another view (Grill et al. 2020), step by step."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dino_lightning.backbones.projector import projector
+from dino_lightning.evaluation.flops import count_flops
+from dino_lightning.losses import BYOLLoss
+from dino_lightning.methods.base import Method, Observed, plain
+from dino_lightning.methods.networks import Network, Teacher, global_views
+from dino_lightning.training.plan import MomentumPlan, Unsaid
+from dino_lightning.training.randomness import seeded
+from dino_lightning.weights.load import start_from
+
+
+class BYOLModule(Method):
+    """Bootstrapping: from one view the student's predictor is to say the teacher's projection of the other.
+
+    Trains on the two global views (any batch of ``DINOModule``; local ones are left out). Defaults are the paper's for 300 epochs of
+    a ResNet-50 (section 3, appendix). ``MultiCropDataModule(root, **BYOLModule.data)`` cuts views as the paper does.
+
+    Args:
+        backbone: any backbone of ``DINOModule``: a name, or a module that maps images (B, C, H, W) to features (B, D).
+        patch_size: pixels of a ViT patch's side.
+        img_size: pixels, int or (H, W): the size whose grid a ViT's positions have. Set it to the global crop size.
+        in_chans: channels of the images.
+        drop_path_rate: stochastic depth of a ViT.
+        hidden_dim: width of the hidden layer of projector and predictor.
+        projection_dim: width of projections and predictions.
+        momentum_teacher: of the moving average at the start; a cosine brings it to 1.
+        optimizer: lars (for large batches), sgd (momentum 0.9) or adamw.
+        lr: learning rate after its warm-up, for 256 images a step: it is scaled by the real number
+            (batch size × devices × accumulated batches).
+        min_lr: learning rate at the end, not scaled.
+        warmup_epochs: epochs of the linear warm-up of the learning rate; the default becomes a tenth of a run
+            that is shorter than twice that.
+        weight_decay: weight decay at the start; not on biases and norms.
+        weight_decay_end: weight decay at the end of its cosine.
+        clip_grad: largest L2 norm of the gradient of all parameters together; 0 is off.
+        compile: compile the backbone (torch.compile), which takes minutes at the start and makes the steps faster on a GPU.
+        weights: start from the trained backbone of this source instead of from noise, as ``DINOModule`` does.
+
+    Attributes:
+        student: backbone, projector (``head``) and ``predictor``.
+        teacher: backbone and projector.
+        data: options of ``MultiCropDataModule``, as the paper has them.
+    """
+
+    method, title = "byol", "BYOL"
+    plan_type = MomentumPlan
+    data: ClassVar[dict[str, Any]] = {"global_crops_scale": (0.08, 1.0), "local_crops_number": 0}
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "resnet50",
+        patch_size: int = 16,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        hidden_dim: int = 4096,
+        projection_dim: int = 256,
+        momentum_teacher: float = 0.99,
+        optimizer: Literal["adamw", "sgd", "lars"] = "lars",
+        lr: float = 0.45,
+        min_lr: float = 0.0,
+        warmup_epochs: int = Unsaid(10),
+        weight_decay: float = 1e-6,
+        weight_decay_end: float = 1e-6,
+        clip_grad: float = 0.0,
+        compile: bool = False,
+        weights: str | None = None,
+    ) -> None:
+        given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only
+        super().__init__(locals())
+        given = self.build_backbone(given)
+        if weights is not None:
+            start_from(weights, given)
+        head, predictor = projector(self._width, hidden_dim, projection_dim), projector(projection_dim, hidden_dim, projection_dim)
+        self.student = Network(given, head, predictor=predictor)
+        self.teacher = Teacher(self.student, without=["predictor"])
+        self.loss = BYOLLoss()
+
+    @property
+    def trained(self) -> Network:
+        return self.student
+
+    @property
+    def evaluated(self) -> Network:
+        return self.teacher
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """One (micro-)batch → the loss, 0 to 8: the sum over both directions."""
+        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
+        views = global_views(batch)
+        with torch.no_grad():
+            features = self.teacher.embed(views)  # (2·B, D)
+            first, second = self.teacher.head(features).chunk(2)
+        with seeded(self.device, self._seed, self.global_step, batch_idx, self.global_rank):  # for the drop path
+            from_first, from_second = self.student.predictor(self.student(views)).chunk(2)
+        loss = self.loss(from_first, second) + self.loss(from_second, first)
+        self.observed = Observed(features)
+        self.report({"loss": loss.detach()})
+        return {"loss": loss}
+
+    def after_step(self, step: int, stepped: bool, non_finite: Tensor) -> None:
+        """The teacher follows."""
+        if stepped:
+            self.teacher.follow(self.student, self.plan.momentum_at(step))
+
+    def flops_per_image(self, views: Sequence[Tensor]) -> int:
+        student, teacher = self.student, self.teacher
+        own = count_flops(student, lambda: student.predictor(student(views[:2])))
+        return 3 * own + count_flops(teacher, lambda: teacher(views[:2]))
