@@ -30,6 +30,7 @@ from dino_lightning.methods.base import Method
 from dino_lightning.training.checks import check_crops
 
 _EPOCHS = 100  # of fit, unless said
+_KNOWN = ("dino", "dinov2")
 
 
 class Run(NamedTuple):
@@ -63,9 +64,12 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
 
     Raises:
         ValueError: for options that the method refuses, or numbers below 1.
+        UsageError: for a method whose costs no formula knows.
     """
     config = _parsed(recipes.resolve_in(options))
     model, data, trainer = config["model"], config["data"], config["trainer"]
+    if config["method"] not in _KNOWN:
+        raise UsageError(f"estimate knows the costs of {' and '.join(_KNOWN)}, not yet those of {config['method']}")
     counts = {
         "devices": devices,
         "images": images,
