@@ -96,9 +96,14 @@ def _check_files(options: dict[str, Any]) -> None:
 
 
 def _with_lists(args: Sequence[str], options: set[str]) -> list[str]:
-    """Numbers behind an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``."""
+    """Numbers behind an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``, and words
+    with commas, ``--methods dino,simclr``, are one.
+    """
     joined: list[str] = []
     for arg in args:
+        if joined and joined[-1] in options and not arg.startswith(("-", "[")) and not _NUMBER.fullmatch(arg):
+            joined.append(f"[{arg}]")
+            continue
         number = _NUMBER.fullmatch(arg) is not None
         if number and joined and joined[-1] in options:
             joined.append(f"[{arg}]")

@@ -4,6 +4,7 @@ from dino_lightning.tools.adopt import adopt
 from dino_lightning.tools.attention import attention
 from dino_lightning.tools.clusters import clusters
 from dino_lightning.tools.duplicates import duplicates
+from dino_lightning.tools.compare import compare
 from dino_lightning.tools.estimate import estimate
 from dino_lightning.tools.export import export
 from dino_lightning.tools.extract import extract
@@ -19,6 +20,7 @@ TOOLS = {
     "attention": attention,
     "clusters": clusters,
     "duplicates": duplicates,
+    "compare": compare,
     "estimate": estimate,
     "export": export,
     "extract": extract,
