@@ -224,6 +224,18 @@ def test_unknown_optimizer_is_named():
         build_optimizer("adam", param_groups(nn.Linear(2, 2)), fused=False)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_sgd_takes_parameters_that_were_frozen_at_first(fused):
+    always, later = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = build_optimizer("sgd", [{"params": [always, later]}], fused=fused)
+    optimizer.param_groups[0]["lr"] = 0.1
+    for step in range(3):
+        always.grad, later.grad = torch.ones(3), torch.ones(3) if step else None
+        optimizer.step()
+    torch.testing.assert_close(always.detach(), torch.full((3,), 1 - 0.1 * (1 + 1.9 + 2.71)))
+    torch.testing.assert_close(later.detach(), torch.full((3,), 1 - 0.1 * (1 + 1.9)))
+
+
 @pytest.mark.parametrize("k", [5, 10, 20, 100])
 def test_knn_equals_the_reference(golden, k):
     g = golden("knn")

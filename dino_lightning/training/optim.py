@@ -99,7 +99,11 @@ def build_optimizer(name: str, groups: list[dict], *, fused: bool) -> torch.opti
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=fused)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+        for group in optimizer.param_groups:  # torch's fused step takes all momenta or none, and prototypes are frozen at first
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"optimizer must be 'adamw', 'sgd' or 'lars', got {name!r}")
