@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks.progress import ProgressBar as LightningProgres
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
-from dino_lightning import continuation, recipes
+from dino_lightning import auto, continuation, recipes
 from dino_lightning.callbacks import (
     AttentionMaps,
     CollapseDoctor,
@@ -58,9 +58,10 @@ class DINOCLI(LightningCLI):
         for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
             logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
-        listing = table({name: recipes.summary(name) for name in recipes.names()})
+        listing = table(recipes.summaries())
         help_texts = {"epilog": f"recipes for --config:\n{listing}"}
-        self._method = _method_of(sys.argv[1:] if args is None else args)
+        args, self._choices = auto.in_place(sys.argv[1:] if args is None else args)
+        self._method = _method_of(args)
         super().__init__(
             method_class(self._method),
             MultiCropDataModule,
@@ -86,6 +87,7 @@ class DINOCLI(LightningCLI):
         every_epoch = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in every_epoch.items()})
         parser.set_defaults({f"data.{name}": value for name, value in method_class(self._method).data.items()})
+        parser.add_argument("--minutes", type=float, help="of the run that --config auto chooses settings for")
         methods = f"how to train: {', '.join(METHODS)}, each with options of its own"
         parser.add_argument("--method", type=str, default=self._method, help=methods)
         parser.add_argument(
@@ -97,7 +99,7 @@ class DINOCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""
-        args = recipes.resolve_in(sys.argv[1:] if args is None else args)
+        args = recipes.resolve_in(args)
         self.config = parser.parse_args(args)
         options, fits = self._options, self.config.get("subcommand") == "fit"
         path = options.get("ckpt_path")
@@ -160,6 +162,7 @@ class DINOCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             if isinstance(callback, RunConfig):
                 callback.config = self._options
+                callback.header = self._choices
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options, checkpoint = self._get(self.config_init, "trainer"), self._get(self.config, "checkpoint")

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+AUTO = "auto"  # in place of a recipe: settings that are chosen for the images, the device and the time
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -17,6 +18,11 @@ def names() -> list[str]:
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
+def summaries() -> dict[str, str]:
+    """What --config takes, each with a line."""
+    return {AUTO: "Settings that fit the images, the device and --minutes, each with its reason."} | {name: summary(name) for name in names()}
+
+
 def summary(name: str) -> str:
     """The first comment line of a recipe."""
     first_line = (folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
@@ -24,19 +30,22 @@ def summary(name: str) -> str:
 
 
 def resolve(config: str) -> str:
-    """A path as it is; the name of a recipe (``vit_small``, with or without .yaml) becomes its path.
+    """A path as it is; the name of a recipe (``vit_small``, with or without .yaml) becomes its path, and ``auto``, whose settings are
+    chosen later, an empty text.
 
     Raises:
         FileNotFoundError: if it is neither, listing the recipes.
     """
-    if Path(config).exists() or "\n" in config:
+    if "\n" in config or Path(config).exists():
         return config
+    if config == AUTO:
+        return "{}\n"
     recipe = folder() / f"{Path(config).name.removesuffix('.yaml')}.yaml"
     if recipe.exists() and Path(config).name == config:
         return str(recipe)
     near = difflib.get_close_matches(Path(config).name.removesuffix(".yaml"), names(), 1)
     guess = f"did you mean {near[0]!r}? " if near else ""
-    raise FileNotFoundError(f"there is no config file {config!r} and no recipe of that name; {guess}recipes: {', '.join(names())}")
+    raise FileNotFoundError(f"there is no config file {config!r} and no recipe of that name; {guess}recipes: {', '.join(summaries())}")
 
 
 def resolve_in(args: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import two_colours
 from PIL import Image
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -45,6 +46,14 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
     assert list(parts) == ["tests", "painting", "vit_tiny, batch 2, eager", "end to end"]
     assert parts["tests"]["exit code"] == 0 and parts["end to end"]["eager"]["images/s"] > 0
     assert parts["vit_tiny, batch 2, eager"]["images/s"] > 0 and parts["painting"]["seconds"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["cifar10", "--network", "vit"], ["photographs"]])
+def test_what_a_gpu_will_learn_runs_on_a_cpu(tmp_path, arguments):
+    root = two_colours(tmp_path / "images", counts=(16, 8))
+    found = run(tmp_path, "gpu_results.py", *arguments, "--root", root, "--minutes", 0.05, "--smoke")["results"]
+    assert found["k-NN"] == found["curve"][-1][1] >= 0.4 and found["images/s"] > 0 and found["peak MB"] > 100 and found["epochs"] >= 20
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ def lightly(*cases):
 WRONG = [
     (["knnn"], 2, "unknown command 'knnn'; did you mean 'knn'? Commands: fit, validate, test, predict, adopt,"),
     (["--data.root", "photos"], 2, "give a command before --data.root: fit, "),
-    (["fit", "--config", "vit_smal"], 2, "'vit_smal' and no recipe of that name; did you mean 'vit_small'? recipes: cifar10"),
+    (["fit", "--config", "vit_smal"], 2, "'vit_smal' and no recipe of that name; did you mean 'vit_small'? recipes: auto, cifar10"),
     (["fit", "--data.bach_size", "3"], 2, "unknown option --data.bach_size of fit; did you mean --data.batch_size?"),
     (["validate", "--model.lrr=3"], 2, "unknown option --model.lrr of validate; did you mean --model.lr?"),
     (["fit", "--batch-size=3"], 2, "unknown option --batch-size of fit; did you mean --data.batch_size?"),

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "dino_lightning"
 # Each room may import those before it, and files of its own.
 ORDER = [
     "listing", "recipes", "losses", "backbones", "training", "data", "evaluation", "weights", "classifiers", "methods", "pictures",
-    "callbacks", "finished", "door", "tools", "continuation", "cli", "__init__", "__main__",
+    "callbacks", "finished", "door", "tools", "continuation", "auto", "cli", "__init__", "__main__",
 ]  # fmt: skip
 NO_LIGHTNING = ("losses", "backbones", "evaluation")
 

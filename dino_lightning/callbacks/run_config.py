@@ -1,6 +1,8 @@
 """The whole configuration of a run of the command line, kept with the run."""
 
 import os
+import textwrap
+from pathlib import Path
 
 import yaml
 from jsonargparse import Namespace
@@ -18,6 +20,7 @@ class RunConfig(SaveConfigCallback):
     Its part of a checkpoint is this folder and the id of the W&B run, with which a resumed run goes on.
     """
 
+    header = ""  # comments that config.yaml begins with
     _wandb_id: str | None = None
     _folder: str | None = None
 
@@ -30,6 +33,9 @@ class RunConfig(SaveConfigCallback):
             os.makedirs(folder, exist_ok=True)
             config = _anywhere(self.config)
             self.parser.save(config, os.path.join(folder, "config.yaml"), skip_none=False, overwrite=True, multifile=False)
+            if self.header:
+                path = Path(folder, "config.yaml")
+                path.write_text(f"{textwrap.indent(self.header, '# ')}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
             for logger in trainer.loggers:
                 logger.log_hyperparams(yaml.safe_load(self.parser.dump(config, skip_none=False)))
         self.already_saved = True

@@ -39,6 +39,11 @@ def check(command: str, args: Sequence[str]) -> None:
         for key in content:
             if not known.have(key):
                 raise unknown("key", f"in {config}", key, known.names(), "", f"dino-lightning {command} --help lists them")
+    configs = [value for name, value in given if name == "--config"]
+    if recipes.AUTO in configs and command != "fit":
+        raise UsageError(f"--config auto is for fit; give {command} the config.yaml of a run instead")
+    if recipes.AUTO not in configs and "--minutes" in dict(given):
+        raise UsageError("--minutes says how long --config auto may make the run; without that, give --trainer.max_epochs")
     _check_checkpoint(dict(given).get("--ckpt_path"))
     asks = any(name.endswith(".help") for name, _ in given)
     if not asks and not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:

@@ -62,7 +62,7 @@ def help_text() -> str:
         "commands (their options: dino-lightning COMMAND --help)": faces.COMMANDS,
         "tools, for checkpoints and features (dino-lightning TOOL --help)": {name: faces.summary(name) for name in faces.tools()},
         "methods (fit --method NAME; their options: dino-lightning fit --method NAME --help)": faces.METHOD_LINES,
-        "recipes for --config": {name: recipes.summary(name) for name in recipes.names()},
+        "recipes for --config": recipes.summaries(),
     }
     listed = "\n\n".join(f"{title}:\n{table(entries)}" for title, entries in sections.items())
     return f"""usage: dino-lightning COMMAND [options]

@@ -141,9 +141,14 @@ def stuck(signs: Signs, out_dim: int, steps: int) -> Verdict:
     )
 
 
+def fitting_prototypes(images: int) -> int:
+    """K for so many training images: 8 or more of them for each prototype; the paper has 20."""
+    return max(64, 2 ** int(math.log2(max(1, images / 8))))
+
+
 def too_many_prototypes(out_dim: int, images: int) -> Verdict | None:
-    """Of K against the number of training images; the paper has 20 images for each prototype."""
-    fitting = max(64, 2 ** int(math.log2(max(1, images / 8))))
+    """Of K against the number of training images."""
+    fitting = fitting_prototypes(images)
     if out_dim <= max(images, fitting):
         return None
     return Verdict(

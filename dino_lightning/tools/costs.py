@@ -1,32 +1,24 @@
 """What a run of fit costs, from its options: the networks are built without memory, and their sizes put into the formulas."""
 
 import copy
-import importlib
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ActionConfigFile
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import nn
 
 from dino_lightning import recipes
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
-from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.data.image_folder import find_splits
-from dino_lightning.door.commands import said
 from dino_lightning.door.errors import UsageError
-from dino_lightning.door.parser_errors import brief
-from dino_lightning.evaluation.gpus import dtype_of
 from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
+from dino_lightning.evaluation.gpus import dtype_of
 from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.listing import list_images
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
+from dino_lightning.tools.fit_options import built, parsed
 from dino_lightning.training.checks import check_crops
 
 _EPOCHS = 100  # of fit, unless said
@@ -66,7 +58,7 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
         ValueError: for options that the method refuses, or numbers below 1.
         UsageError: for a method whose costs no formula knows.
     """
-    config = _parsed(recipes.resolve_in(options))
+    config = parsed(recipes.resolve_in(options), "estimate")
     model, data, trainer = config["model"], config["data"], config["trainer"]
     if config["method"] not in _KNOWN:
         raise UsageError(f"estimate knows the costs of {' and '.join(_KNOWN)}, not yet those of {config['method']}")
@@ -84,7 +76,7 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
         raise ValueError(f"data.local_crops_number must not be negative, got {data['local_crops_number']}")
     dtype = dtype_of(trainer["precision"])
     with torch.device("meta"):
-        module = method_class(config["method"])(**{name: _built(value) for name, value in model.items()})
+        module = method_class(config["method"])(**{name: built(value) for name, value in model.items()})
         crops = ["global_crops_size", *(["local_crops_size"] if data["local_crops_number"] else [])]
         check_crops(module.trained.backbone, {f"data.{name}": _pair(data[name]) for name in crops})
         views = _views(data)
@@ -195,44 +187,9 @@ def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: 
     if images is None and data["root"] is not None:
         images = len(list_images(find_splits(data["root"])[0]))
     if images is None and data["dataset"] is not None:
-        images = len(_built(data["dataset"]))
+        images = len(built(data["dataset"]))
     epochs = trainer["max_epochs"] or _EPOCHS
     return None if images is None or epochs < 0 else images * epochs
-
-
-def _parsed(options: Sequence[str]) -> dict[str, Any]:
-    """The options as fit reads them, defaults and all; what plays no part here is taken as well."""
-    method = said(options).get("method") or "dino"
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_argument("-c", "--config", action=ActionConfigFile)
-    classes = {"model": method_class(method), "data": MultiCropDataModule, "trainer": Trainer, "checkpoint": ModelCheckpoint}
-    for group, owner in classes.items():
-        parser.add_lightning_class_args(owner, group)
-    parser.add_argument("--method", type=str, default=method)
-    for name in ("seed_everything", "checkpoint_every", "ckpt_path", "weights_only", "verbose"):
-        parser.add_argument(f"--{name}", type=Any)
-    try:
-        config = parser.parse_args(list(options)).as_dict()
-    except ArgumentError as error:
-        raise UsageError(brief(str(error), "estimate")) from error
-    model = config["model"]
-    model["in_chans"] = config["data"]["in_chans"]  # as fit links them
-    model["weights"] = None  # what the run begins with costs nothing
-    if "weights_with_head" in model:
-        model["weights_with_head"] = False
-    backbone = model["backbone"]
-    if isinstance(backbone, Mapping) and "in_chans" in backbone.get("init_args", {}):
-        backbone["init_args"]["in_chans"] = model["in_chans"]
-    return config
-
-
-def _built(value: Any) -> Any:
-    """What a ``class_path`` of the options stands for; anything else as it is."""
-    if not isinstance(value, Mapping) or "class_path" not in value:
-        return value
-    module, _, name = value["class_path"].rpartition(".")
-    arguments = value.get("init_args") or {}
-    return getattr(importlib.import_module(module), name)(**{key: _built(inner) for key, inner in arguments.items()})
 
 
 def _devices(trainer: Mapping[str, Any]) -> int:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from dino_lightning.evaluation.gpus import Device, device
 from dino_lightning.evaluation.estimate import Memory, compute_seconds, data_seconds, network_seconds, workers_needed
+from dino_lightning.evaluation.gpus import Device, device
 from dino_lightning.tools.costs import Run, run_of
 
 ROOM = 0.9  # share of a GPU's memory that tensors may take; the rest is for workspaces, CUDA itself and what an allocator wastes

@@ -1,0 +1,71 @@
+"""What the settings of a run depend on: its images, its device, its time."""
+
+import os
+import statistics
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.data.views import load
+
+_LOOKED_AT = 32  # images whose size is read
+
+
+class Facts(NamedTuple):
+    """
+    Attributes:
+        images: that are trained on.
+        bank, queries: labelled ones that a validation takes; 0 without labels.
+        side: pixels of the shorter side of an image, the median of some.
+        gpu: name of the GPU, or None where the run has a CPU alone.
+        memory: bytes of a GPU's memory; 0 without.
+        devices: that train, in all.
+    """
+
+    images: int
+    bank: int
+    queries: int
+    side: int
+    gpu: str | None
+    memory: int
+    devices: int
+
+    def __str__(self) -> str:
+        device = f"{self.devices} × {self.gpu}" if self.gpu else f"{_cores()} CPU cores"
+        return f"{self.images} images, the shorter side {self.side} pixels; {device}"
+
+
+def look(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> Facts:
+    """Of a run with these options of ``MultiCropDataModule`` and of the Trainer.
+
+    Raises:
+        ValueError, FileNotFoundError: as the data module would say.
+    """
+    module = MultiCropDataModule(**{**data, "batch_size": 1})
+    module.setup("fit")
+    source = module.train_dataloader().dataset.source
+    chosen = range(0, len(source), max(1, len(source) // _LOOKED_AT))
+    sides = [min(load(source, index, module.in_chans)[0].shape[:2]) for index in chosen]
+    bank, queries = [len(loader.dataset) for loader in module.val_dataloader()] or (0, 0)
+    gpu = torch.cuda.is_available() and trainer["accelerator"] in ("auto", "gpu", "cuda")
+    return Facts(
+        images=len(source),
+        bank=bank,
+        queries=queries,
+        side=int(statistics.median(sides)),
+        gpu=torch.cuda.get_device_name() if gpu else None,
+        memory=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
+        devices=_devices(trainer["devices"], torch.cuda.device_count() if gpu else 1) * trainer["num_nodes"],
+    )
+
+
+def _devices(asked: Any, there: int) -> int:
+    if isinstance(asked, list):
+        return len(asked)
+    return int(asked) if str(asked).isdecimal() and int(asked) > 0 else there
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,44 @@
+"""How fast a run is: it is begun in a process of its own, and stopped after some seconds."""
+
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def images_per_second(args: Sequence[str], seconds: int) -> float:
+    """Of ``dino-lightning fit`` with these arguments, over all devices, without validation, measured for some seconds, up to 59.
+
+    Raises:
+        ValueError: if it fails, with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": folder}}
+        trial = {
+            "logger": logger,
+            "default_root_dir": folder,
+            "max_epochs": 10**6,
+            "max_time": f"00:00:00:{seconds:02d}",
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+        }
+        options = [f"--trainer.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in trial.items()]
+        command = [sys.executable, "-m", "dino_lightning", "fit", *args, *options]
+        quiet = {**os.environ, "WANDB_MODE": "disabled"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
+        log = next(Path(folder).glob("**/metrics.csv"), None)
+        if done.returncode or log is None:
+            said = "\n".join(done.stdout.strip().splitlines()[-3:])
+            raise ValueError(f"--config auto could not see how fast this run is; its trial ended with\n{said}")
+        with open(log, newline="", encoding="utf-8") as file:
+            rates = [float(row["train/images_per_s"]) for row in csv.DictReader(file) if row.get("train/images_per_s")]
+    rates = list(dict.fromkeys(rates))  # a reading stands in every line until the next
+    return statistics.median(rates[1:] or rates)
