@@ -60,6 +60,19 @@ def test_what_the_user_said_stands_and_the_rest_follows_it():
     assert twice["trainer.limit_train_batches"] * 2 == pytest.approx(chosen(CIFAR)["trainer.limit_train_batches"], rel=0.05)
 
 
+def test_batches_fit_the_memory_of_a_gpu(tmp_path, monkeypatch):
+    root = str(two_colours(tmp_path / "images", counts=(400, 4)))
+    small = Facts(images=800, bank=0, queries=0, side=224, gpu="a GPU", memory=2 * 2**30, devices=1)
+    monkeypatch.setattr(auto, "look", lambda data, trainer: small)
+    args, table = auto.in_place(["fit", "--config", "auto", "--data.root", root, "--trainer.max_epochs", "1"])
+    found = yaml.safe_load(args[2])
+    assert found["data"]["batch_size"] * found["trainer"]["accumulate_grad_batches"] == 64 and found["data"]["batch_size"] in (4, 8)
+    assert "would fill 2 GiB to four fifths" in table
+    monkeypatch.setattr(auto, "look", lambda data, trainer: small._replace(memory=80 * 2**30))
+    args, _ = auto.in_place(["fit", "--config", "auto", "--data.root", root, "--trainer.max_epochs", "1"])
+    assert yaml.safe_load(args[2])["data"]["batch_size"] == 64
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("facts", [CIFAR, PHOTOS, MILLION])
 def test_every_method_takes_its_settings(method, facts, tmp_path):

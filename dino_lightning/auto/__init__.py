@@ -13,10 +13,12 @@ from dino_lightning.auto.facts import Facts, look
 from dino_lightning.auto.pace import images_per_second
 from dino_lightning.door.commands import said
 from dino_lightning.door.errors import UsageError
+from dino_lightning.tools.costs import KNOWN, run_of
 from dino_lightning.tools.fit_options import built, parsed
 
 _TOLD = "DINO_LIGHTNING_AUTO"  # environment variable: the processes that Lightning starts take what rank 0 has chosen
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches")
+_FILLED = 0.8  # share of a GPU's memory: what libraries and the allocator take comes on top
 _SEEN = 20  # times that a run should see its images before larger crops pay
 
 
@@ -59,6 +61,9 @@ def _chosen(rest: Sequence[str], given: Mapping[str, Any], minutes: float | None
     method = options["method"]
     for size in sizes(facts):
         choices = settings(facts, method, size, given)
+        if facts.memory and method in KNOWN:
+            most = run_of(_with(rest, _recipe(choices))[1:], devices=1).step.largest_batch(_FILLED * facts.memory)
+            choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")
         if minutes is None:
             return facts, choices
         print(f"auto: trying {size}×{size} pixels for a moment, to see how fast they are trained on", flush=True)

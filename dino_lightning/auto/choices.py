@@ -39,6 +39,15 @@ class Choices(list[Choice]):
         super().__init__()
         self.said = said
 
+    def shrink_batch(self, most: int, why: str) -> None:
+        """Batches of a power of two images that fit, as many accumulated to a step as make up the batch that was chosen."""
+        index = next((index for index, choice in enumerate(self) if choice.option == "data.batch_size"), None)
+        if index is None or self[index].value <= most:
+            return
+        asked, fits = self[index].value, 2 ** max(0, most.bit_length() - 1)
+        self[index] = Choice("data.batch_size", fits, why)
+        self.make("trainer.accumulate_grad_batches", max(1, asked // fits), f"{asked} images a step")
+
     def make(self, option: str, value: Any, why: str) -> Any:
         """The value that holds: what the user said, else this one."""
         if option in self.said:
@@ -118,7 +127,7 @@ def _seconds(images: int, images_per_s: float) -> float:
 def length(choices: Choices, facts: Facts, method: str, minutes: float, images_per_s: float) -> None:
     """How long a run is at a measured pace, and what depends on that."""
     holds = {choice.option: choice.value for choice in choices} | choices.said
-    step = int(holds["data.batch_size"]) * facts.devices
+    step = int(holds["data.batch_size"]) * int(holds.get("trainer.accumulate_grad_batches", 1)) * facts.devices
     available = _VALIDATING * 60 * minutes
     bank = facts.bank
     if bank > _FEW and _seconds(bank + facts.queries, images_per_s) > available / 2:
@@ -135,7 +144,7 @@ def length(choices: Choices, facts: Facts, method: str, minutes: float, images_p
     epochs = max(_EPOCHS, round(steps / whole))
     if steps < _EPOCHS * whole:
         why = f"all images are seen {steps / whole:.1f} times, so an epoch is a part of their {whole} batches"
-        choices.make("trainer.limit_train_batches", steps // _EPOCHS, why)
+        choices.make("trainer.limit_train_batches", steps // _EPOCHS * int(holds.get("trainer.accumulate_grad_batches", 1)), why)
     choices.make("trainer.log_every_n_steps", min(50, max(1, steps // 100)), "a hundred points of a curve, or more")
     choices.make("trainer.max_epochs", epochs, f"{pace}: {steps} steps in {minutes:g} minutes")
     every = max(1, round(epochs / validations)) if validations else epochs

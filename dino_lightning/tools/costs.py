@@ -22,7 +22,7 @@ from dino_lightning.tools.fit_options import built, parsed
 from dino_lightning.training.checks import check_crops
 
 _EPOCHS = 100  # of fit, unless said
-_KNOWN = ("dino", "dinov2")
+KNOWN = ("dino", "dinov2")
 
 
 class Run(NamedTuple):
@@ -60,8 +60,8 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
     """
     config = parsed(recipes.resolve_in(options), "estimate")
     model, data, trainer = config["model"], config["data"], config["trainer"]
-    if config["method"] not in _KNOWN:
-        raise UsageError(f"estimate knows the costs of {' and '.join(_KNOWN)}, not yet those of {config['method']}")
+    if config["method"] not in KNOWN:
+        raise UsageError(f"estimate knows the costs of {' and '.join(KNOWN)}, not yet those of {config['method']}")
     counts = {
         "devices": devices,
         "images": images,
