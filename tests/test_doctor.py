@@ -1,6 +1,7 @@
 """The collapse doctor: its numbers, its verdicts, and runs that were broken on purpose."""
 
 import csv
+import inspect
 import logging
 import math
 import re
@@ -13,7 +14,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from dino_lightning import DINOLoss, DINOModule, VisionTransformer, recipes
+from dino_lightning import BYOLModule, DINOLoss, DINOModule, MoCoV3Module, SimCLRModule, VisionTransformer, recipes
 from dino_lightning.callbacks import CollapseDoctor
 from dino_lightning.cli import main
 from dino_lightning.evaluation.collapse import Signs, diagnose, is_stuck, off_the_curve, too_many_prototypes
@@ -129,15 +130,17 @@ def test_loss_far_from_the_known_curve():
 # in a real Trainer
 
 
-def train(tmp_path, doctor, n_samples=16, augmented=False, **options):
+def train(tmp_path, doctor, n_samples=16, augmented=False, method=DINOModule, **options):
     seed_everything(0)
     random = torch.Generator().manual_seed(0)
     images = torch.randn(n_samples, 3, 16, 16, generator=random)
     samples = [[image, image + augmented * torch.randn(3, 16, 16, generator=random)] for image in images]
-    module = DINOModule(
-        VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2),
-        out_dim=options.pop("out_dim", 16), hidden_dim=16, bottleneck_dim=8, warmup_epochs=0,
-    )  # fmt: skip
+    head = {"out_dim": options.pop("out_dim", 16), "bottleneck_dim": 8}
+    if method is not DINOModule:
+        head = {"projection_dim": 8, "optimizer": "adamw", "lr": 0.01, "temperature": 0.5}
+        head = {name: value for name, value in head.items() if name in inspect.signature(method).parameters}
+    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    module = method(backbone, **head, hidden_dim=16, warmup_epochs=0)
     trainer = Trainer(
         accelerator="cpu", devices=1, callbacks=[doctor], log_every_n_steps=1, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, logger=CSVLogger(tmp_path),
@@ -174,6 +177,17 @@ def test_prototypes_and_the_known_curve_in_a_run(tmp_path, caplog):
     train(tmp_path, doctor, augmented=True, out_dim=128, max_epochs=11)
     assert "out_dim=128 prototypes for 16 training images" in caplog.text
     assert "at step 30 the loss is" in caplog.text and doctor.state_dict()["told"] == ["too_many_prototypes", "off_the_curve"]
+
+
+@pytest.mark.parametrize("method", [SimCLRModule, BYOLModule, MoCoV3Module])
+def test_methods_without_prototypes_are_watched_too(method, tmp_path, caplog):
+    doctor = CollapseDoctor(expected_loss={30: 1e-3})
+    _, rows = train(tmp_path, doctor, method=method)
+    assert doctor.state_dict()["told"] == ["off_the_curve", "nothing_to_learn"]
+    assert float(rows[-1]["train/view_agreement"]) == 1 and "train/prototypes_used" not in rows[-1]
+    fine = CollapseDoctor()
+    train(tmp_path, fine, method=method, augmented=True)
+    assert fine.state_dict()["told"] == []
 
 
 def test_a_subclass_whose_step_gives_the_loss_alone(tmp_path):

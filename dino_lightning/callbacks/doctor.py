@@ -32,13 +32,15 @@ _OF_PATCHES = ("patch_entropy", "patch_prototypes", "koleo_distance", "masked")
 
 
 class CollapseDoctor(Callback):
-    """Watches the teacher for the ways in which DINO fails, and says once what is wrong and what helps.
+    """Watches a run for the ways in which DINO and its like fail, and says once what is wrong and what helps.
 
     A falling loss can be collapse, so it looks at the features and prototypes. It logs
     ``train/feature_std`` and ``train/feature_rank`` of the teacher's features (1 and their width when they spread into all
     directions, 0 and 1 when they are dead); ``train/view_agreement`` (1: both global views of an image look the same to the
     teacher); and ``train/prototypes_used``, the share that was anyone's strongest within the last 20 batches. Nothing waits for
     the device: numbers are means over 20 batches and all ranks and are read one step later.
+
+    Of a method without prototypes it judges what it knows: the features and the loss.
 
     A verdict is given if it holds for three windows and one per cent of the run's steps on end; as a warning, and as
     ``doctor/NAME`` in the loggers. The README has the table of verdicts.
@@ -56,7 +58,7 @@ class CollapseDoctor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         options = pl_module.options
-        self._out_dim = options.get("out_dim", 1)
+        self._out_dim = options.get("out_dim", 1)  # without prototypes their signs are NaN, and verdicts on them cannot be
         self._patch_out_dim = options.get("ibot_out_dim" if options.get("ibot_separate_head") else "out_dim", 1)
         self._suspected, self._lasted, self._stuck = "", 0, 0
         self._share_used: Tensor | None = None  # known after a window
@@ -85,22 +87,24 @@ class CollapseDoctor(Callback):
         features, logits, center = seen  # (2·B, D), (2·B, K), (1, K)
         spread = [feature_std(features), participation_ratio(features), view_agreement(*features.chunk(2))]
         numbers = dict(zip(("feature_std", "feature_rank", "view_agreement"), spread))
-        if logits is None or "kl" not in outputs:  # a method without prototypes has no verdicts yet
+        if not isinstance(outputs, Mapping):
             pl_module.report(numbers)
             return
-        entropy, kl = outputs["teacher_entropy"], outputs["kl"]
-        first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * kl] * 2
-        missing = torch.full_like(kl, torch.nan)
-        patches = [outputs.get(name, missing) for name in _OF_PATCHES]
-        signs = torch.stack([entropy + kl, entropy, kl, *spread, *patches, *first])
+        missing = torch.full_like(spread[0], torch.nan)
+        entropy, kl, *patches = (outputs.get(name, missing) for name in ("teacher_entropy", "kl", *_OF_PATCHES))
+        loss = entropy + kl if "kl" in outputs else outputs["loss"]  # of DINOv2 the class tokens' part
+        first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * spread[0]] * 2
+        signs = torch.stack([loss, entropy, kl, *spread, *patches, *first])
         known = signs.isfinite()
         self._sums += torch.stack([torch.where(known, signs, 0), known.to(signs)])
-        strongest = (logits if center is None else logits - center).argmax(dim=1)
-        self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
+        if logits is not None:
+            strongest = (logits if center is None else logits - center).argmax(dim=1)
+            self._chosen.scatter_add_(0, strongest, torch.ones_like(strongest))  # bincount would wait for the device
         self._batches += 1
         if self._batches == _WINDOW:
             self._close(trainer, pl_module.device)
-        pl_module.report(numbers if self._share_used is None else {**numbers, "prototypes_used": self._share_used})
+        has_share = logits is not None and self._share_used is not None
+        pl_module.report({**numbers, "prototypes_used": self._share_used} if has_share else numbers)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that began with trained weights must not lose what they knew."""

@@ -81,7 +81,7 @@ def diagnose(
     if signs.view_agreement > 0.999:
         return Verdict(
             "nothing_to_learn",
-            f"nothing to learn: to the teacher the two global views of an image are the same (agreement {signs.view_agreement:.3f} of 1; "
+            f"nothing to learn: the features of the two global views of an image are the same (agreement {signs.view_agreement:.3f} of 1; "
             "different images differ). Switch the augmentation on: crop scales below 1, color_jitter, blur_p",
         )
     return _diagnose_patches(signs, math.log(patch_out_dim or out_dim))
