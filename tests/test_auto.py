@@ -14,13 +14,13 @@ from dino_lightning.cli import DINOCLI
 from dino_lightning.door.errors import UsageError
 from dino_lightning.methods import METHODS
 
-CIFAR = Facts(images=50_000, bank=50_000, queries=10_000, side=32, gpu=None, memory=0, devices=1)
-PHOTOS = Facts(images=3_068, bank=3_068, queries=341, side=400, gpu=None, memory=0, devices=1)
-MILLION = Facts(images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NVIDIA H100 80GB HBM3", memory=80 * 2**30, devices=8)
+CIFAR = Facts(images=50_000, bank=50_000, queries=10_000, side=32, gpu=None, memory=0, devices=1, half=False)
+PHOTOS = Facts(images=3_068, bank=3_068, queries=341, side=400, gpu=None, memory=0, devices=1, half=False)
+MILLION = Facts(images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NVIDIA H100 80GB HBM3", memory=80 * 2**30, devices=8, half=True)
 
 
 def chosen(facts, method="dino", said={}, minutes=60, pace=200.0):
-    choices = settings(facts, method, sizes(facts)[0], said)
+    _, choices = settings(facts, sizes(facts)[0], {"method": method} | said)
     length(choices, facts, method, minutes, pace)
     return {option: value for option, value, _ in choices}
 
@@ -34,9 +34,16 @@ def test_settings_follow_images_and_device():
     assert cifar["model.backbone"]["init_args"]["stem_stride"] == 2 and photos["model.backbone"]["init_args"]["stem_stride"] == 8
     assert "data.blur_p" in cifar and "data.blur_p" not in photos
     assert sizes(PHOTOS) == [128, 64] and sizes(CIFAR) == [32] and sizes(MILLION) == [224]
-    assert all(why for facts in (CIFAR, PHOTOS, MILLION) for _, _, why in settings(facts, "dino", 32, {}))
+    assert all(why for facts in (CIFAR, PHOTOS, MILLION) for _, _, why in settings(facts, 32, {})[1])
     few = chosen(CIFAR._replace(images=100))
     assert few["data.batch_size"] == 8 and few["model.out_dim"] == 64
+
+
+def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
+    asked = {"cpu": (CIFAR, {}), "gpu": (MILLION, {}), "said": (CIFAR, {"method": "dino"}), "an option": (CIFAR, {"model.teacher_temp": 0.03})}
+    found = {name: settings(facts, 32, said) for name, (facts, said) in asked.items()}
+    assert {name: method for name, (method, _) in found.items()} == {"cpu": "simclr", "gpu": "dino", "said": "dino", "an option": "dino"}
+    assert found["cpu"][1][0].option == "method" and "model.out_dim" not in {choice.option for choice in found["cpu"][1]}
 
 
 @pytest.mark.parametrize("facts, minutes, pace", [(CIFAR, 60, 200.0), (PHOTOS, 60, 200.0), (CIFAR, 5, 100.0), (MILLION, 6000, 9000.0)])
@@ -62,7 +69,7 @@ def test_what_the_user_said_stands_and_the_rest_follows_it():
 
 def test_batches_fit_the_memory_of_a_gpu(tmp_path, monkeypatch):
     root = str(two_colours(tmp_path / "images", counts=(400, 4)))
-    small = Facts(images=800, bank=0, queries=0, side=224, gpu="a GPU", memory=2 * 2**30, devices=1)
+    small = Facts(images=800, bank=0, queries=0, side=224, gpu="a GPU", memory=2 * 2**30, devices=1, half=False)
     monkeypatch.setattr(auto, "look", lambda data, trainer: small)
     args, table = auto.in_place(["fit", "--config", "auto", "--data.root", root, "--trainer.max_epochs", "1"])
     found = yaml.safe_load(args[2])

@@ -58,9 +58,8 @@ def _chosen(rest: Sequence[str], given: Mapping[str, Any], minutes: float | None
         raise UsageError("--config auto needs to know how long the run may be: add --minutes 60, or --trainer.max_epochs")
     options = parsed(recipes.resolve_in(rest[1:]), "fit")
     facts = look({name: built(value) for name, value in options["data"].items()}, options["trainer"])
-    method = options["method"]
     for size in sizes(facts):
-        choices = settings(facts, method, size, given)
+        method, choices = settings(facts, size, given)
         if facts.memory and method in KNOWN:
             most = run_of(_with(rest, _recipe(choices))[1:], devices=1).step.largest_batch(_FILLED * facts.memory)
             choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")
@@ -113,10 +112,13 @@ def _config_of(given: Mapping[str, Any]) -> str:
 
 def _recipe(choices: Sequence[Choice]) -> str:
     """As YAML, in groups."""
-    groups: dict[str, dict[str, Any]] = {}
+    groups: dict[str, Any] = {}
     for option, value, _ in choices:
-        group, _, name = option.partition(".")
-        groups.setdefault(group, {})[name] = value
+        group, dot, name = option.partition(".")
+        if dot:
+            groups.setdefault(group, {})[name] = value
+        else:
+            groups[group] = value
     return yaml.safe_dump(groups, sort_keys=False)
 
 

@@ -57,6 +57,13 @@ class Choices(list[Choice]):
         return value
 
 
+def _method(choices: Choices, facts: Facts) -> str:
+    """Which objective, unless that was said, or options of one."""
+    if "method" in choices.said or facts.gpu or any(name.startswith("model.") for name in choices.said):
+        return choices.said.get("method") or "dino"
+    return choices.make("method", "simclr", f"learns more than DINO in the time that a CPU has ({_OURS}); --method dino for DINO")
+
+
 def sizes(facts: Facts) -> list[int]:
     """Pixels of the global crops' side that come into question, the largest first."""
     if facts.side < _SHARP:
@@ -66,9 +73,10 @@ def sizes(facts: Facts) -> list[int]:
     return [size for size in (128, 64) if size <= facts.side]
 
 
-def settings(facts: Facts, method: str, size: int, said: Mapping[str, Any]) -> Choices:
-    """All but the length of the run, of ``fit`` with a method and global crops of a size."""
+def settings(facts: Facts, size: int, said: Mapping[str, Any]) -> tuple[str, Choices]:
+    """The method, and all but the length of the run, of ``fit`` with global crops of a size."""
     choices = Choices(said)
+    method = _method(choices, facts)
     small = not facts.gpu or facts.side < _SHARP  # a small network, instead of the paper's at its size
     size = choices.make("data.global_crops_size", size, f"the shorter side of the images has {facts.side} pixels, those of the paper 224")
     side = size if isinstance(size, int) else min(size)
@@ -90,9 +98,9 @@ def settings(facts: Facts, method: str, size: int, said: Mapping[str, Any]) -> C
         choices.make("model.out_dim", few, "no more prototypes than so many images can fill (lightly-train's rule, and 8 images for each)")
         choices.make("model.warmup_teacher_temp", 0.04, "the paper's")
         choices.make("model.teacher_temp", 0.04 if facts.images < 200_000 else 0.07, "lower is safer; the paper's long runs end at 0.07")
-    if facts.gpu:
-        choices.make("trainer.precision", "bf16-mixed", "half the memory of float32, and faster")
-    return choices
+    if facts.half:
+        choices.make("trainer.precision", "bf16-mixed", "this device multiplies bfloat16 faster than float32, and it takes half the memory")
+    return method, choices
 
 
 def _batch(facts: Facts, small: bool) -> int:

@@ -22,6 +22,7 @@ class Facts(NamedTuple):
         gpu: name of the GPU, or None where the run has a CPU alone.
         memory: bytes of a GPU's memory; 0 without.
         devices: that train, in all.
+        half: whether they multiply bfloat16 faster than float32.
     """
 
     images: int
@@ -31,6 +32,7 @@ class Facts(NamedTuple):
     gpu: str | None
     memory: int
     devices: int
+    half: bool
 
     def __str__(self) -> str:
         device = f"{self.devices} × {self.gpu}" if self.gpu else f"{_cores()} CPU cores"
@@ -58,6 +60,7 @@ def look(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> Facts:
         gpu=torch.cuda.get_device_name() if gpu else None,
         memory=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
         devices=_devices(trainer["devices"], torch.cuda.device_count() if gpu else 1) * trainer["num_nodes"],
+        half=torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_has_bfloat16(),
     )
 
 
@@ -65,6 +68,11 @@ def _devices(asked: Any, there: int) -> int:
     if isinstance(asked, list):
         return len(asked)
     return int(asked) if str(asked).isdecimal() and int(asked) > 0 else there
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Others emulate it, many times slower than float32. torch has no public name for these questions."""
+    return any(getattr(torch.cpu, question, bool)() for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
 def _cores() -> int:
