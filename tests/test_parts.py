@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from dino_lightning import DINOHead, DINOModule, VisionTransformer
-from dino_lightning.backbones import build, feature_dim, features_at, redrawn
-from dino_lightning.backbones import prototypes
+from dino_lightning.backbones import build, feature_dim, features_at, prototypes, redrawn
 from dino_lightning.backbones.positions import interpolate_positions
+from dino_lightning.backbones.small_resnet import SmallResNet
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.training.optim import LARS, build_optimizer, clip_each_, gradient_norms, param_groups
 
@@ -222,6 +222,24 @@ def test_clipping_is_per_tensor():
 def test_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="'adam'"):
         build_optimizer("adam", param_groups(nn.Linear(2, 2)), fused=False)
+
+
+@pytest.mark.parametrize("size, stem_stride", [(32, 1), (33, 2), (64, 4)])
+def test_small_resnet_takes_images_of_any_size(size, stem_stride):
+    network = SmallResNet(in_chans=5, widths=(4, 8, 12), stem_stride=stem_stride, blocks=2).eval()
+    images = torch.rand(3, 5, size, size)
+    features = network(images)
+    assert features.shape == (3, 12) and (features >= 0).all()
+    torch.testing.assert_close(network(images.contiguous(memory_format=torch.channels_last)), features)
+    assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 1 + 2 * (1 + 2 * 2)
+    shifted = network(images.roll(4 * stem_stride, dims=3))
+    assert (shifted - features).norm() < (network(1 - images) - features).norm(), "the mean over places hardly knows where things are"
+
+
+@pytest.mark.parametrize("wrong", [{"widths": (8,)}, {"widths": (8, 0)}, {"stem_stride": 0}, {"blocks": -1}])
+def test_small_resnet_refuses(wrong):
+    with pytest.raises(ValueError, match="expected two widths or more"):
+        SmallResNet(**wrong)
 
 
 @pytest.mark.parametrize("fused", [False, True])
