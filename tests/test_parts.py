@@ -231,15 +231,25 @@ def test_small_resnet_takes_images_of_any_size(size, stem_stride):
     features = network(images)
     assert features.shape == (3, 12) and (features >= 0).all()
     torch.testing.assert_close(network(images.contiguous(memory_format=torch.channels_last)), features)
+    quarters = SmallResNet(in_chans=5, widths=(4, 8, 12), stem_stride=stem_stride, blocks=2, grid=2).eval()
+    quarters.load_state_dict(network.state_dict())
+    if size == 32:  # whose last map is 8 x 8
+        torch.testing.assert_close(quarters(images).view(3, 4, 12).mean(dim=1), features)
+    assert quarters(images).shape == (3, 48)
     assert sum(isinstance(module, nn.Conv2d) for module in network.modules()) == 1 + 2 * (1 + 2 * 2)
     shifted = network(images.roll(4 * stem_stride, dims=3))
     assert (shifted - features).norm() < (network(1 - images) - features).norm(), "the mean over places hardly knows where things are"
 
 
-@pytest.mark.parametrize("wrong", [{"widths": (8,)}, {"widths": (8, 0)}, {"stem_stride": 0}, {"blocks": -1}])
+@pytest.mark.parametrize("wrong", [{"widths": (8,)}, {"widths": (8, 0)}, {"stem_stride": 0}, {"blocks": -1}, {"grid": 0}])
 def test_small_resnet_refuses(wrong):
     with pytest.raises(ValueError, match="expected two widths or more"):
         SmallResNet(**wrong)
+
+
+def test_small_resnet_with_more_cells_than_places():
+    with pytest.raises(ValueError, match=r"leaves \(1, 1\) places of such an image, fewer than grid=2"):
+        SmallResNet(grid=2).eval()(torch.rand(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("fused", [False, True])
