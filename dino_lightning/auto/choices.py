@@ -15,11 +15,13 @@ _FEW = 10_000  # images of a bank that is quickly evaluated
 _SHARP = 64  # pixels: smaller images have nothing to blur
 _OURS = "benchmarks/recipes.md"
 _PROTOTYPES = {20_000: 1024, 50_000: 2048, 100_000: 4096, 200_000: 16384, 500_000: 32768}  # below so many images
+_VIEWS = {"color_jitter": [0.4, 0.4, 0.2, 0.1], "blur_p": [1.0, 0.1, 0.5], "solarize_p": 0.2}
+_ADAMW = {"optimizer": "adamw", "weight_decay": 0.04, "weight_decay_end": 0.4}  # as DINO has it, for all methods
 _SMALL: dict[str, dict[str, Any]] = {  # of a small network; the learning rate as applied is the same for all methods
     "dino": {"lr": 2e-3, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True},
     # Its rule is the square root: this gives the same rate at 128 images.
     "dinov2": {"lr": 2.8e-3, "hidden_dim": 512, "bottleneck_dim": 128, "layer_scale": None, "drop_path_rate": 0.0, "layerwise_decay": 1.0},
-    "simclr": {"lr": 2e-3, "hidden_dim": 512, "temperature": 0.2},
+    "simclr": {"lr": 2e-3, "hidden_dim": 512, "temperature": 0.1},
     "byol": {"lr": 2e-3, "hidden_dim": 512},
     "moco_v3": {"lr": 2e-3, "hidden_dim": 512},
     "mae": {"lr": 2e-3, "decoder_dim": 128, "decoder_depth": 2, "decoder_heads": 4},
@@ -49,10 +51,13 @@ class Choices(list[Choice]):
         self.make("trainer.accumulate_grad_batches", max(1, asked // fits), f"{asked} images a step")
 
     def make(self, option: str, value: Any, why: str) -> Any:
-        """The value that holds: what the user said, else this one."""
+        """The value that holds: what the user said, else this one; an earlier choice stays."""
         if option in self.said:
             said = self.said[option]
             return yaml.safe_load(said) if isinstance(said, str) else said
+        earlier = next((choice for choice in self if choice.option == option), None)
+        if earlier:
+            return earlier.value
         self.append(Choice(option, value, why))
         return value
 
@@ -86,11 +91,13 @@ def settings(facts: Facts, size: int, said: Mapping[str, Any]) -> tuple[str, Cho
         choices.make("data.global_crops_scale", [0.2, 1.0], "wide, as there are no local crops")
     if side < _SHARP and method != "mae":
         choices.make("data.blur_p", [0.0, 0.0, 0.0], "images of so few pixels need none (lightly and solo-learn on CIFAR-10)")
+    if small and method == "simclr":
+        for option, value in _VIEWS.items():
+            choices.make(f"data.{option}", value, f"DINO's, for all methods ({_OURS})")
     is_vit = _backbone(choices, facts, method, side, small)
     if small:
-        for option, value in _SMALL[method].items():
+        for option, value in {**_ADAMW, **_SMALL[method]}.items():
             choices.make(f"model.{option}", value, f"of a small network ({_OURS})")
-        choices.make("model.optimizer", "adamw", f"with few settings right on many networks ({_OURS})")
     if method == "dinov2" and not is_vit:
         choices.make("model.ibot_loss_weight", 0.0, "only a ViT has patches to hide")
     if method in ("dino", "dinov2"):
@@ -120,7 +127,7 @@ def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: boo
         why = "only a ViT has patches to hide; a small one"
         name = choices.make("model.backbone", {"class_path": "dino_lightning.VisionTransformer", "init_args": options}, why)
     else:
-        options = {"stem_stride": max(1, side // 32)} if facts.gpu else {"widths": [24, 48, 96, 192], "stem_stride": max(1, side // 16)}
+        options = {"stem_stride": max(1, side // 32)} if facts.gpu else {"widths": [24, 48, 96, 192], "stem_stride": max(1, side // 16), "grid": 2}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
         name = choices.make("model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why)
     choices.make("model.img_size", side, "that of the global crops")
