@@ -8,7 +8,7 @@ from conftest import two_colours
 
 from dino_lightning import auto
 from dino_lightning.__main__ import main
-from dino_lightning.auto.choices import length, settings, sizes
+from dino_lightning.auto.choices import length, settings
 from dino_lightning.auto.facts import Facts, look
 from dino_lightning.cli import DINOCLI
 from dino_lightning.door.errors import UsageError
@@ -20,28 +20,27 @@ MILLION = Facts(images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NV
 
 
 def chosen(facts, method="dino", said={}, minutes=60, pace=200.0):
-    _, choices = settings(facts, sizes(facts)[0], {"method": method} | said)
+    _, choices = settings(facts, {"method": method} | said)
     length(choices, facts, method, minutes, pace)
     return {option: value for option, value, _ in choices}
 
 
 def test_settings_follow_images_and_device():
     cifar, photos, million = chosen(CIFAR), chosen(PHOTOS), chosen(MILLION, pace=8000.0)
-    assert [found["data.global_crops_size"] for found in (cifar, photos, million)] == [32, 128, 224]
+    assert [found["data.global_crops_size"] for found in (cifar, photos, million)] == [32, 64, 224]
     assert [found["model.out_dim"] for found in (cifar, photos, million)] == [4096, 256, 65_536]
     assert million["model.backbone"] == "vit_small" and million["trainer.precision"] == "bf16-mixed"
     assert "data.local_crops_number" not in million and cifar["data.local_crops_number"] == 0
-    assert cifar["model.backbone"]["init_args"]["stem_stride"] == 2 and photos["model.backbone"]["init_args"]["stem_stride"] == 8
+    assert cifar["model.backbone"]["init_args"]["stem_stride"] == 2 and photos["model.backbone"]["init_args"]["stem_stride"] == 4
     assert "data.blur_p" in cifar and "data.blur_p" not in photos
-    assert sizes(PHOTOS) == [128, 64] and sizes(CIFAR) == [32] and sizes(MILLION) == [224]
-    assert all(why for facts in (CIFAR, PHOTOS, MILLION) for _, _, why in settings(facts, 32, {})[1])
+    assert all(why for facts in (CIFAR, PHOTOS, MILLION) for _, _, why in settings(facts, {})[1])
     few = chosen(CIFAR._replace(images=100))
     assert few["data.batch_size"] == 8 and few["model.out_dim"] == 64
 
 
 def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
     asked = {"cpu": (CIFAR, {}), "gpu": (MILLION, {}), "said": (CIFAR, {"method": "dino"}), "an option": (CIFAR, {"model.teacher_temp": 0.03})}
-    found = {name: settings(facts, 32, said) for name, (facts, said) in asked.items()}
+    found = {name: settings(facts, said) for name, (facts, said) in asked.items()}
     assert {name: method for name, (method, _) in found.items()} == {"cpu": "simclr", "gpu": "dino", "said": "dino", "an option": "dino"}
     assert found["cpu"][1][0].option == "method" and "model.out_dim" not in {choice.option for choice in found["cpu"][1]}
 

@@ -101,13 +101,13 @@ def test_recipes_train_what_they_say(recipe, run_dir, monkeypatch):
         cli = DINOCLI(args=["--config", recipe, *([] if own_data else ["--data.root", "images"])], run=False)
         crops = cli.datamodule.multicrop
         sizes = [crops.global_crops_size] * 2 + [crops.local_crops_size] * crops.local_crops_number
-        student = cli.model.student
-        head = student.head if cli.model.method == "dino" else student.dino_head
-        logits = head(student.embed([torch.zeros(2, 3, *size) for size in sizes]))
+        trained = cli.model.trained
+        head = trained.dino_head if cli.model.method == "dinov2" else trained.head
+        outputs = head(trained.embed([torch.zeros(2, 3, *size) for size in sizes]))
     options = cli.model.options
-    assert logits.shape == (2 * len(sizes), options["out_dim"])
+    assert outputs.shape == (2 * len(sizes), options.get("out_dim") or options["projection_dim"])
     epochs = cli.trainer.max_epochs
-    assert epochs > options["warmup_epochs"] and epochs > options["warmup_teacher_temp_epochs"]
+    assert epochs > options["warmup_epochs"] and epochs > options.get("warmup_teacher_temp_epochs", 0)
 
 
 def test_unknown_recipe_is_named():
@@ -209,7 +209,7 @@ def test_recipes_take_images_of_any_channels(recipe, channels):
     with torch.device("meta"):
         cli = DINOCLI(args=["--config", recipe, "--data.root", "images", "--data.in_chans", str(channels)], run=False)
         height, width = cli.datamodule.multicrop.global_crops_size
-        features = cli.model.teacher.backbone(torch.zeros(2, channels, height, width))
+        features = cli.model.evaluated.backbone(torch.zeros(2, channels, height, width))
     assert len(features) == 2 and cli.datamodule.in_chans == cli.model.options["in_chans"] == channels
 
 

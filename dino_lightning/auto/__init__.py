@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dino_lightning import continuation, recipes
-from dino_lightning.auto.choices import Choice, Choices, length, settings, sizes
+from dino_lightning.auto.choices import Choice, Choices, length, settings
 from dino_lightning.auto.facts import Facts, look
 from dino_lightning.auto.pace import images_per_second
 from dino_lightning.door.commands import said
@@ -19,7 +19,6 @@ from dino_lightning.tools.fit_options import built, parsed
 _TOLD = "DINO_LIGHTNING_AUTO"  # environment variable: the processes that Lightning starts take what rank 0 has chosen
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches")
 _FILLED = 0.8  # share of a GPU's memory: what libraries and the allocator take comes on top
-_SEEN = 20  # times that a run should see its images before larger crops pay
 
 
 def in_place(args: Sequence[str]) -> tuple[list[str], str]:
@@ -58,18 +57,14 @@ def _chosen(rest: Sequence[str], given: Mapping[str, Any], minutes: float | None
         raise UsageError("--config auto needs to know how long the run may be: add --minutes 60, or --trainer.max_epochs")
     options = parsed(recipes.resolve_in(rest[1:]), "fit")
     facts = look({name: built(value) for name, value in options["data"].items()}, options["trainer"])
-    for size in sizes(facts):
-        method, choices = settings(facts, size, given)
-        if facts.memory and method in KNOWN:
-            most = run_of(_with(rest, _recipe(choices))[1:], devices=1).step.largest_batch(_FILLED * facts.memory)
-            choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")
-        if minutes is None:
-            return facts, choices
-        print(f"auto: trying {size}×{size} pixels for a moment, to see how fast they are trained on", flush=True)
+    method, choices = settings(facts, given)
+    if facts.memory and method in KNOWN:
+        most = run_of(_with(rest, _recipe(choices))[1:], devices=1).step.largest_batch(_FILLED * facts.memory)
+        choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")
+    if minutes is not None:
+        print("auto: trying for a moment how fast this is", flush=True)
         pace = images_per_second(_with(rest, _recipe(choices))[1:], seconds=min(20, max(3, round(6 * minutes))))
-        if pace * 60 * minutes >= _SEEN * facts.images:
-            break
-    length(choices, facts, method, minutes, pace)
+        length(choices, facts, method, minutes, pace)
     return facts, choices
 
 

@@ -69,26 +69,19 @@ def _method(choices: Choices, facts: Facts) -> str:
     return choices.make("method", "simclr", f"learns more than DINO in the time that a CPU has ({_OURS}); --method dino for DINO")
 
 
-def sizes(facts: Facts) -> list[int]:
-    """Pixels of the global crops' side that come into question, the largest first."""
-    if facts.side < _SHARP:
-        return [max(16, facts.side // 16 * 16)]
-    if facts.gpu:
-        return [min(224, facts.side // 16 * 16)]
-    return [size for size in (128, 64) if size <= facts.side]
-
-
-def settings(facts: Facts, size: int, said: Mapping[str, Any]) -> tuple[str, Choices]:
-    """The method, and all but the length of the run, of ``fit`` with global crops of a size."""
+def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:
+    """The method, and all but the length of the run."""
     choices = Choices(said)
     method = _method(choices, facts)
     small = not facts.gpu or facts.side < _SHARP  # a small network, instead of the paper's at its size
-    size = choices.make("data.global_crops_size", size, f"the shorter side of the images has {facts.side} pixels, those of the paper 224")
+    most, why = (224, "the paper's") if facts.gpu else (_SHARP, f"larger ones teach no more in the same time ({_OURS})")
+    size = choices.make("data.global_crops_size", max(16, min(most, facts.side) // 16 * 16), f"at most {most} pixels, {why}")
     side = size if isinstance(size, int) else min(size)
     choices.make("data.batch_size", _batch(facts, small), "as many as pay on this device, and at least ten steps an epoch")
     if small:
         choices.make("data.local_crops_number", 0, f"two global crops teach a small network more in the same time ({_OURS})")
-        choices.make("data.global_crops_scale", [0.2, 1.0], "wide, as there are no local crops")
+        why = "wide, as there are no local crops; JPEGs are read at half their size where that is enough"
+        choices.make("data.global_crops_scale", [0.25, 1.0], why)
     if side < _SHARP and method != "mae":
         choices.make("data.blur_p", [0.0, 0.0, 0.0], "images of so few pixels need none (lightly and solo-learn on CIFAR-10)")
     if small and method == "simclr":

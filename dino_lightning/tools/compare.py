@@ -110,7 +110,7 @@ def _train(folder: Path, method: str, minutes: float, data: dict[str, Any], seed
     folder.mkdir(parents=True, exist_ok=True)
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder.resolve()), "name": "log"}}
     trainer = {"logger": json.dumps(logger), "default_root_dir": folder.resolve(), "log_every_n_steps": 10, "devices": 1}
-    data = {**data, "local_crops_number": 0, "global_crops_scale": "[0.2,1.0]"}
+    data = {**data, "local_crops_number": 0, "global_crops_scale": "[0.25,1.0]"}
     options = {f"{group}.{name}": value for group, of in (("data", data), ("trainer", trainer)) for name, value in of.items()}
     options |= {"method": method, "seed_everything": seed, "config": "auto"}
     again = {"ckpt_path": "last"} if list(folder.glob("**/checkpoints/last*.ckpt")) else {"minutes": minutes}
