@@ -11,6 +11,7 @@ smaller first. `cnn` is of ResNet-18's size: three stages of 128 to 512 channels
 
 import csv
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def options(args) -> list[str]:
     if args.what == "cifar10":
         chosen += ["--model.backbone", json.dumps(CNN if args.network == "cnn" else VIT)]
     if args.smoke:
-        chosen += ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--model.out_dim", "64"]
+        chosen += ["--trainer.accelerator", "cpu", "--data.num_workers", "0"]
     return chosen
 
 
@@ -50,10 +51,10 @@ def results(folder: Path) -> dict[str, float | str | list]:
     return {
         "k-NN": last("val/knn_top1"),
         "curve": [(int(row["step"]), float(row["val/knn_top1"])) for row in rows if row.get("val/knn_top1")],
-        "images/s": last("train/images_per_s"),
+        "images/s": statistics.median(float(row["train/images_per_s"]) for row in rows if row.get("train/images_per_s")),
         "waiting for data": last("train/data_wait"),
         "mfu": last("train/mfu"),
-        "peak MB": peak_mb(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "peak MB": peak_mb(torch.device("cuda" if config["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available() else "cpu")),
         "epochs": config["trainer"]["max_epochs"],
         "batch": config["data"]["batch_size"],
         "crops": config["data"]["global_crops_size"],

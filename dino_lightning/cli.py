@@ -314,7 +314,8 @@ def train(
         options: further ones as on the command line: ``["--trainer.max_epochs=20"]``, ``["--ckpt_path=last"]`` to go on.
 
     Returns:
-        The trained module in evaluation mode: called with images (B, C, H, W) it gives the teacher's features (B, D).
+        The trained module in evaluation mode: called with images (B, C, H, W) it gives the features to evaluate (B, D), of
+        the teacher where there is one.
 
     Raises:
         ValueError, FileNotFoundError: as the command would say.

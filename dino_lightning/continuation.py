@@ -68,6 +68,13 @@ def options_of(saved: Mapping[str, Any], defaults: Namespace) -> dict[str, Any]:
     return {name: value for name, value in held.items() if value != defaults.get(name)}
 
 
+def run_of(checkpoint: str, saved: Mapping[str, Any]) -> Path:
+    """The run folder of a checkpoint that holds ``saved``. It may have been moved, or the checkpoints be kept elsewhere."""
+    told = saved.get("callbacks", {}).get(RunConfig.__name__, {})
+    folders = [Path(checkpoint).resolve().parent.parent, Path(told.get("folder") or os.devnull)]
+    return next((folder for folder in folders if (folder / "config.yaml").exists()), folders[0])
+
+
 def continue_loggers(options: Namespace, checkpoint: str, saved: Mapping[str, Any]) -> None:
     """Has the loggers of a Trainer's options write on where the run that is resumed wrote.
 
@@ -77,9 +84,7 @@ def continue_loggers(options: Namespace, checkpoint: str, saved: Mapping[str, An
         saved: what it holds.
     """
     step, told = saved["global_step"], saved["callbacks"].get(RunConfig.__name__, {})
-    # The run folder may have been moved, or the checkpoints be kept elsewhere.
-    folders = [Path(checkpoint).resolve().parent.parent, Path(told.get("folder") or os.devnull)]
-    run = next((folder for folder in folders if (folder / "config.yaml").exists()), folders[0])
+    run = run_of(checkpoint, saved)
     is_run, wandb_id = (run / "config.yaml").exists(), told.get("wandb_id")
     if options.logger in (None, True) and is_run:
         kind = next(kind for kind, files in _LOGGERS.items() if list(run.glob(files)))

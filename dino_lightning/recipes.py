@@ -36,10 +36,10 @@ def resolve(config: str) -> str:
     Raises:
         FileNotFoundError: if it is neither, listing the recipes.
     """
-    if "\n" in config or Path(config).exists():
-        return config
     if config == AUTO:
         return "{}\n"
+    if "\n" in config or Path(config).exists():
+        return config
     recipe = folder() / f"{Path(config).name.removesuffix('.yaml')}.yaml"
     if recipe.exists() and Path(config).name == config:
         return str(recipe)

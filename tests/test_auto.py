@@ -1,5 +1,6 @@
 """--config auto: what it chooses, that the user's word stands, and that the run is the one it says."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,14 @@ MILLION = Facts(images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NV
 
 def chosen(facts, method="dino", said={}, minutes=60, pace=200.0):
     _, choices = settings(facts, {"method": method} | said)
-    length(choices, facts, method, minutes, pace)
+    length(choices, facts, minutes, pace)
     return {option: value for option, value, _ in choices}
+
+
+def validated(found):
+    """The epochs after which a run is validated."""
+    every = found["trainer.check_val_every_n_epoch"]
+    return [epoch for epoch in range(1, found["trainer.max_epochs"] + 1) if epoch % every == 0]
 
 
 def test_settings_follow_images_and_device():
@@ -33,9 +40,12 @@ def test_settings_follow_images_and_device():
     assert "data.local_crops_number" not in million and cifar["data.local_crops_number"] == 0
     assert cifar["model.backbone"]["init_args"]["stem_stride"] == 2 and photos["model.backbone"]["init_args"]["stem_stride"] == 4
     assert "data.blur_p" in cifar and "data.blur_p" not in photos
-    assert all(why for facts in (CIFAR, PHOTOS, MILLION) for _, _, why in settings(facts, {})[1])
     few = chosen(CIFAR._replace(images=100))
-    assert few["data.batch_size"] == 8 and few["model.out_dim"] == 64
+    assert few["data.batch_size"] == 8 and few["model.out_dim"] == 64 and chosen(CIFAR._replace(images=3))["data.batch_size"] == 2
+    tiny_imagenet, scans = chosen(MILLION._replace(side=64)), chosen(MILLION._replace(side=150))
+    assert tiny_imagenet["data.local_crops_number"] == 0 and tiny_imagenet["model.backbone"]["init_args"] == {"stem_stride": 2}
+    assert (scans["data.global_crops_size"], scans["data.local_crops_size"]) == (144, 48)
+    assert chosen(MILLION, "simclr")["model.optimizer"] == "adamw", "LARS is not for these batches"
 
 
 def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
@@ -45,17 +55,28 @@ def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
     assert found["cpu"][1][0].option == "method" and "model.out_dim" not in {choice.option for choice in found["cpu"][1]}
 
 
-@pytest.mark.parametrize("facts, minutes, pace", [(CIFAR, 60, 200.0), (PHOTOS, 60, 200.0), (CIFAR, 5, 100.0), (MILLION, 6000, 9000.0)])
-def test_a_run_takes_the_time_that_it_has(facts, minutes, pace):
-    found = chosen(facts, minutes=minutes, pace=pace)
-    step = found["data.batch_size"] * facts.devices
-    in_epoch = found.get("trainer.limit_train_batches", facts.images // step)
-    epochs = found["trainer.max_epochs"]
-    evaluated = (min(facts.bank, found.get("data.max_bank", 50_000)) + facts.queries) / (6 * pace)
-    before = "trainer.num_sanity_val_steps" not in found
-    seconds = epochs * in_epoch * step / pace + (before + epochs // found["trainer.check_val_every_n_epoch"]) * evaluated
-    assert 0.85 * 60 * minutes < seconds < 1.15 * 60 * minutes
-    assert epochs >= 20 and found["model.warmup_epochs"] <= epochs / 10 and found["model.warmup_teacher_temp_epochs"] < epochs / 2
+@pytest.mark.parametrize("said", [{}, {"trainer.limit_train_batches": "10"}, {"trainer.limit_train_batches": "0.5"},
+                                  {"trainer.accumulate_grad_batches": "4"}, {"trainer.check_val_every_n_epoch": "5"},
+                                  {"trainer.limit_val_batches": "0"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "facts, minutes, pace", [(CIFAR, 60, 200.0), (CIFAR, 20, 100.0), (PHOTOS, 60, 200.0), (CIFAR, 5, 100.0), (MILLION, 6000, 9000.0)]
+)
+def test_a_run_takes_the_time_that_it_has(facts, minutes, pace, said):
+    found = chosen(facts, minutes=minutes, pace=pace, said=said) | {name: yaml.safe_load(value) for name, value in said.items()}
+    accumulated = found.get("trainer.accumulate_grad_batches", 1)
+    batches = facts.images // (found["data.batch_size"] * facts.devices)
+    limit = found.get("trainer.limit_train_batches", 1.0)
+    batches = int(limit * batches) if isinstance(limit, float) else limit
+    images = found["trainer.max_epochs"] * (batches // accumulated) * accumulated * found["data.batch_size"] * facts.devices
+    evaluated = min(facts.bank, found.get("data.max_bank", 50_000)) + facts.queries
+    times = 0
+    if "trainer.limit_val_batches" not in said:
+        times = len(validated(found)) + ("trainer.num_sanity_val_steps" not in found)
+        at_the_end = validated(found)[-1] == found["trainer.max_epochs"]
+        assert at_the_end or "trainer.check_val_every_n_epoch" in said
+    seconds = images / pace + times * evaluated / (6 * pace)
+    assert 0.8 * 60 * minutes < seconds < 1.2 * 60 * minutes
+    assert found["model.warmup_epochs"] <= max(1, found["trainer.max_epochs"] / 10)
 
 
 def test_what_the_user_said_stands_and_the_rest_follows_it():
@@ -106,14 +127,43 @@ def test_refused(tmp_path, monkeypatch):
     fit = ["fit", "--config", "auto", "--data.root", root]
     with pytest.raises(UsageError, match="add --minutes 60"):
         auto.in_place(fit)
-    with pytest.raises(UsageError, match="--minutes and --trainer.max_epochs both say"):
+    with pytest.raises(UsageError, match="so does trainer.max_epochs=1"):
         auto.in_place([*fit, "--minutes=3", "--trainer.max_epochs", "1"])
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for wrong in ("-5", "1h", "nan"):
+        with pytest.raises(UsageError, match=f"a number above 0, got '{wrong}'"):
+            auto.in_place([*fit, "--minutes", wrong])
+    with pytest.raises(UsageError, match="--print_config > run.yaml"):
+        auto.in_place([*fit, "--minutes", "3", "--trainer.num_nodes", "2"])
+    for name, value in {"RANK": 0, "GROUP_RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": 1}.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError, match="--print_config > run.yaml"):
         auto.in_place([*fit, "--minutes", "3"])
+
+
+def test_ranks_take_what_the_first_has_chosen(monkeypatch):
+    config = "model:\n  lr: 1.0\n"
+    rest = ["fit", "--data.root", "images"]
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("DINO_LIGHTNING_AUTO", "model:\n  lr: 1.0\n")
-    assert auto.in_place([*fit, "--minutes", "3"]) == (["fit", "--config", "model:\n  lr: 1.0\n", "--data.root", root], "")
+    monkeypatch.setenv("DINO_LIGHTNING_AUTO", json.dumps({"args": rest, "config": config}))
+    assert auto.in_place([*rest, "--config", "auto", "--minutes", "3"]) == (["fit", "--config", config, "--data.root", "images"], "")
+
+
+@pytest.mark.parametrize("args", [
+    ["fit", "--config", "small_images", "--data.root=x"], ["fit", "--config=auto", "--help"], ["validate", "--config", "x.yaml"], [],
+])  # fmt: skip
+def test_arguments_without_auto_stay(args):
+    assert auto.in_place(args) == (args, "")
+
+
+@pytest.mark.parametrize("spelt", [["--config=auto"], ["-c", "auto"], ["--config", "auto"]])
+def test_auto_is_found_however_it_is_spelt(spelt, tmp_path):
+    root = str(two_colours(tmp_path / "images"))
+    Path(root, "train", "a", "0.jpg").write_bytes(b"no image")
+    (tmp_path / "mine.yaml").write_text("model: {hidden_dim: 8}\n")
+    mine = f"--config={tmp_path / 'mine.yaml'}"
+    args, table = auto.in_place(["fit", *spelt, mine, "--data.root", root, "--trainer.max_epochs", "1"])
+    assert args[:2] == ["fit", "--config"] and args[3:] == [mine, "--data.root", root, "--trainer.max_epochs", "1"]
+    assert "batch_size" in args[2] and "hidden_dim" not in args[2] and table.startswith("auto: 16 images, the shorter side 40")
 
 
 @pytest.mark.parametrize("args, said", [
@@ -131,15 +181,20 @@ def test_a_run_by_auto_keeps_its_choices_and_goes_on_with_them(tmp_path, monkeyp
     root = str(two_colours(tmp_path / "images"))
     monkeypatch.chdir(tmp_path)
     fit = ["fit", "--config", "auto", "--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    with pytest.raises(SystemExit):
+        main([*fit, "--model.out_dim", "32", "--trainer.max_epochs", "1", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["batch_size"] == 2 and printed["model"]["out_dim"] == 32
     main([*fit, "--model.out_dim", "32", "--trainer.max_epochs", "1"])
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "auto: 16 images" in said and "data.batch_size" in said and "model.out_dim" not in said
     text = Path("lightning_logs/version_0/config.yaml").read_text()
     assert text.startswith("# auto: 16 images") and "#   data.batch_size" in text
     config = yaml.safe_load(text)
-    assert (config["data"]["batch_size"], config["model"]["out_dim"], config["trainer"]["max_epochs"]) == (8, 32, 1)
-    main([*fit, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    assert "done         4 steps" in capsys.readouterr().out
+    assert (config["data"]["batch_size"], config["model"]["out_dim"], config["trainer"]["max_epochs"]) == (2, 32, 1)
+    main([*fit, "--minutes", "9", "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+    assert "done         16 steps" in capsys.readouterr().out
+    assert Path("lightning_logs/version_0/config.yaml").read_text().startswith("# auto: 16 images"), "the table stays"
     Path("lightning_logs/version_0/config.yaml").unlink()
     with pytest.raises(SystemExit):
         main([*fit, "--ckpt_path", "last"])

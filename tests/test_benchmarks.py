@@ -49,11 +49,10 @@ def test_what_waits_for_a_gpu_runs_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [["cifar10", "--network", "vit"], ["photographs"]])
-def test_what_a_gpu_will_learn_runs_on_a_cpu(tmp_path, arguments):
+def test_what_a_gpu_will_learn_runs_on_a_cpu(tmp_path):
     root = two_colours(tmp_path / "images", counts=(16, 8))
-    found = run(tmp_path, "gpu_results.py", *arguments, "--root", root, "--minutes", 0.05, "--smoke")["results"]
-    assert found["k-NN"] == found["curve"][-1][1] >= 0.4 and found["images/s"] > 0 and found["peak MB"] > 100 and found["epochs"] >= 20
+    found = run(tmp_path, "gpu_results.py", "cifar10", "--network", "vit", "--root", root, "--minutes", 0.05, "--smoke")["results"]
+    assert 0.4 <= found["k-NN"] <= 1 and found["images/s"] > 0 and found["peak MB"] > 100 and found["epochs"] >= 20
 
 
 @pytest.mark.slow

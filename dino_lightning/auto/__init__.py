@@ -1,23 +1,28 @@
 """``--config auto``: settings that fit the images, the device and the time, each with its reason."""
 
+import json
+import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments import LSFEnvironment, MPIEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from dino_lightning import continuation, recipes
-from dino_lightning.auto.choices import Choice, Choices, length, settings
+from dino_lightning.auto.choices import Choice, Choices, length, schedules, settings
 from dino_lightning.auto.facts import Facts, look
 from dino_lightning.auto.pace import images_per_second
 from dino_lightning.door.commands import said
 from dino_lightning.door.errors import UsageError
 from dino_lightning.tools.costs import KNOWN, run_of
 from dino_lightning.tools.fit_options import built, parsed
+from dino_lightning.weights.files import read_checkpoint
 
 _TOLD = "DINO_LIGHTNING_AUTO"  # environment variable: the processes that Lightning starts take what rank 0 has chosen
-_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches")
+_LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, MPIEnvironment, LSFEnvironment)
+_LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.fast_dev_run")
 _FILLED = 0.8  # share of a GPU's memory: what libraries and the allocator take comes on top
 
 
@@ -30,79 +35,100 @@ def in_place(args: Sequence[str]) -> tuple[list[str], str]:
         UsageError: if nothing says how long the run may be, or several processes were started by others, each of which would choose.
     """
     rest, minutes = _without_auto(args)
-    if len(rest) == len(args):
-        return rest, ""
+    if rest is None or {"--help", "-h"} & set(args):
+        return list(args), ""
     given = said(rest)
-    if given.get("ckpt_path"):
-        return _with(rest, _config_of(given)), ""
-    if _TOLD in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-        return _with(rest, os.environ[_TOLD]), ""
-    if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_NTASKS")) > 1:
+    if given.get("ckpt_path") not in (None, "null"):
+        return _going_on(rest, given)
+    told = json.loads(os.environ.get(_TOLD, "null"))
+    if told and told["args"] == rest and os.environ.get("LOCAL_RANK", "0") != "0":
+        return _with(rest, told["config"]), ""
+    if int(given.get("trainer.num_nodes") or 1) > 1 or any(kind.detect() and kind().world_size() > 1 for kind in _LAUNCHERS):
         raise UsageError(
-            "--config auto measures the pace of one process; where others start several, write its choices first: "
+            "--config auto chooses in one process; where others start several, write its choices first: "
             "dino-lightning fit --config auto ... --print_config > run.yaml"
         )
-    facts, choices = _chosen(rest, given, minutes)
-    os.environ[_TOLD] = text = _recipe(choices)
-    table = _table(facts, choices)
-    print(table, flush=True)
+    facts, choices = _chosen(rest, given, _seconds(given, minutes))
+    text, table = _recipe(choices), _table(facts, choices)
+    os.environ[_TOLD] = json.dumps({"args": rest, "config": text})
+    print(table, file=sys.stderr, flush=True)
     return _with(rest, text), table
 
 
-def _chosen(rest: Sequence[str], given: Mapping[str, Any], minutes: float | None) -> tuple[Facts, Choices]:
-    said_length = [name for name in _LENGTHS[:2] if name in given]
-    if said_length and minutes is not None:
-        raise UsageError(f"--minutes and --{said_length[0]} both say how long the run is; leave one of them out")
-    if not said_length and minutes is None:
+def _seconds(given: Mapping[str, Any], minutes: str | None) -> float | None:
+    """Of the run; None where its length is said otherwise."""
+    lengths = [name for name in _LENGTHS if given.get(name) not in (None, "null", -1, "-1", False, "false")]
+    if lengths and minutes is not None:
+        raise UsageError(f"--minutes says how long the run is, and so does {lengths[0]}={given[lengths[0]]}; leave one of them out")
+    if not lengths and minutes is None:
         raise UsageError("--config auto needs to know how long the run may be: add --minutes 60, or --trainer.max_epochs")
-    options = parsed(recipes.resolve_in(rest[1:]), "fit")
+    if minutes is None:
+        return None
+    try:
+        found = float(minutes)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise UsageError(f"--minutes must be a number above 0, got {minutes!r}")
+    return 60 * found
+
+
+def _chosen(rest: Sequence[str], given: Mapping[str, Any], seconds: float | None) -> tuple[Facts, Choices]:
+    plain = [arg for arg in rest[rest.index("fit") + 1 :] if not arg.startswith("--print_config")]
+    options = parsed(recipes.resolve_in(plain), "fit")
     facts = look({name: built(value) for name, value in options["data"].items()}, options["trainer"])
     method, choices = settings(facts, given)
     if facts.memory and method in KNOWN:
-        most = run_of(_with(rest, _recipe(choices))[1:], devices=1).step.largest_batch(_FILLED * facts.memory)
+        most = run_of(["--config", _recipe(choices), *plain], devices=1).step.largest_batch(_FILLED * facts.memory)
         choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")
-    if minutes is not None:
-        print("auto: trying for a moment how fast this is", flush=True)
-        pace = images_per_second(_with(rest, _recipe(choices))[1:], seconds=min(20, max(3, round(6 * minutes))))
-        length(choices, facts, method, minutes, pace)
+    if seconds is not None:
+        print("auto: trying for a moment how fast this is", file=sys.stderr, flush=True)
+        pace = images_per_second(["--config", _recipe(choices), *plain], seconds=min(20, max(6, round(seconds / 10))))
+        length(choices, facts, seconds / 60, pace)
+    elif choices.of("trainer.max_epochs"):
+        schedules(choices, int(choices.of("trainer.max_epochs")), None)
     return facts, choices
 
 
-def _without_auto(args: Sequence[str]) -> tuple[list[str], float | None]:
-    """The arguments without --config auto and, if that is there, --minutes; and the minutes."""
-    rest, minutes, found = [], None, False
+def _without_auto(args: Sequence[str]) -> tuple[list[str] | None, str | None]:
+    """The arguments of fit without --config auto and --minutes, None if there is no auto; and the minutes."""
+    rest: list[str] = []
+    minutes, found = None, False
     following = iter(args)
     for arg in following:
         name, equals, value = arg.partition("=")
-        if name in ("--config", "-c", "--minutes"):
-            value = value if equals else next(following, "")
-            if name == "--minutes":
-                minutes = float(value)
-            elif value == recipes.AUTO:
-                found = True
-            else:
-                rest += [name, value]
-        else:
+        if name not in ("--config", "-c", "--minutes"):
             rest.append(arg)
-    return (rest, minutes) if found else (list(args), None)
+            continue
+        given = [arg] if equals else [arg, *([behind] if (behind := next(following, None)) is not None else [])]
+        if name == "--minutes":
+            minutes = given[-1] if not equals else value
+        elif (value if equals else given[-1]) == recipes.AUTO:
+            found = True
+        else:
+            rest += given
+    return (rest if found and "fit" in rest else None), minutes
 
 
 def _with(rest: Sequence[str], config: str) -> list[str]:
-    """The first --config, which all others overrule."""
-    return [rest[0], "--config", config, *rest[1:]]
+    """The first --config of fit, which all others overrule."""
+    at = rest.index("fit") + 1
+    return [*rest[:at], "--config", config, *rest[at:]]
 
 
-def _config_of(given: Mapping[str, Any]) -> str:
+def _going_on(rest: Sequence[str], given: Mapping[str, Any]) -> tuple[list[str], str]:
     path = given["ckpt_path"]
     if path == "last":
         folders = [given.get("trainer.default_root_dir") or ".", given.get("checkpoint.dirpath")]
         path = continuation.find_last([folder for folder in folders if folder])
-    config = Path(path).resolve().parents[1] / "config.yaml"
+    config = continuation.run_of(path, read_checkpoint(path)) / "config.yaml"
     if not config.exists():
         raise UsageError(
             f"--config auto: a run that goes on keeps its settings, but there is no {config}; give them with --config instead of auto"
         )
-    return str(config)
+    lines = config.read_text(encoding="utf-8").splitlines()
+    table = [line.removeprefix("# ") for line in lines if line.startswith(("# auto: ", "#   "))]
+    return _with(rest, str(config)), "\n".join(table)
 
 
 def _recipe(choices: Sequence[Choice]) -> str:

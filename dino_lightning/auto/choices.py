@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dino_lightning.auto.facts import Facts
+from dino_lightning.door import faces
 from dino_lightning.evaluation.collapse import fitting_prototypes
 
 _EPOCHS = 20  # of a run, at least: warm-ups are in epochs
@@ -13,10 +14,11 @@ _VALIDATIONS, _VALIDATING = 12, 0.1  # at most so many, in so much of the time
 _EVALUATED = 6  # images are evaluated in the time that one is trained on: two views forward and backward, and two of the teacher
 _FEW = 10_000  # images of a bank that is quickly evaluated
 _SHARP = 64  # pixels: smaller images have nothing to blur
+_LARGE = 128  # pixels from which on a GPU trains the paper's network at the paper's size
 _OURS = "benchmarks/recipes.md"
 _PROTOTYPES = {20_000: 1024, 50_000: 2048, 100_000: 4096, 200_000: 16384, 500_000: 32768}  # below so many images
 _VIEWS = {"color_jitter": [0.4, 0.4, 0.2, 0.1], "blur_p": [1.0, 0.1, 0.5], "solarize_p": 0.2}
-_ADAMW = {"optimizer": "adamw", "weight_decay": 0.04, "weight_decay_end": 0.4}  # as DINO has it, for all methods
+_ADAMW = {"optimizer": "adamw", "weight_decay": 0.04, "weight_decay_end": 0.4}  # as DINO has it
 _SMALL: dict[str, dict[str, Any]] = {  # of a small network; the learning rate as applied is the same for all methods
     "dino": {"lr": 2e-3, "hidden_dim": 512, "bottleneck_dim": 128, "use_bn_in_head": True},
     # Its rule is the square root: this gives the same rate at 128 images.
@@ -39,7 +41,23 @@ class Choices(list[Choice]):
 
     def __init__(self, said: Mapping[str, Any]) -> None:
         super().__init__()
-        self.said = said
+        self.said = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in said.items()}
+
+    def make(self, option: str, value: Any, why: str) -> Any:
+        """The value that holds: what the user said, else an earlier choice, else this one."""
+        if self.has(option):
+            return self.of(option)
+        self.append(Choice(option, value, why))
+        return value
+
+    def has(self, option: str) -> bool:
+        said = option in self.said or f"{option}.class_path" in self.said
+        return said or any(choice.option == option for choice in self)
+
+    def of(self, option: str, default: Any = None) -> Any:
+        """The value that holds, or the default."""
+        chosen = {choice.option: choice.value for choice in self}
+        return self.said.get(option, self.said.get(f"{option}.class_path", chosen.get(option, default)))
 
     def shrink_batch(self, most: int, why: str) -> None:
         """Batches of a power of two images that fit, as many accumulated to a step as make up the batch that was chosen."""
@@ -50,47 +68,25 @@ class Choices(list[Choice]):
         self[index] = Choice("data.batch_size", fits, why)
         self.make("trainer.accumulate_grad_batches", max(1, asked // fits), f"{asked} images a step")
 
-    def make(self, option: str, value: Any, why: str) -> Any:
-        """The value that holds: what the user said, else this one; an earlier choice stays."""
-        if option in self.said:
-            said = self.said[option]
-            return yaml.safe_load(said) if isinstance(said, str) else said
-        earlier = next((choice for choice in self if choice.option == option), None)
-        if earlier:
-            return earlier.value
-        self.append(Choice(option, value, why))
-        return value
-
-
-def _method(choices: Choices, facts: Facts) -> str:
-    """Which objective, unless that was said, or options of one."""
-    if "method" in choices.said or facts.gpu or any(name.startswith("model.") for name in choices.said):
-        return choices.said.get("method") or "dino"
-    return choices.make("method", "simclr", f"learns more than DINO in the time that a CPU has ({_OURS}); --method dino for DINO")
-
 
 def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:
-    """The method, and all but the length of the run."""
+    """The method, and all but the length of the run.
+
+    Args:
+        facts: of the run.
+        said: what the user gave, by the names of options.
+    """
     choices = Choices(said)
+    small = not facts.gpu or facts.side < _LARGE  # a small network, instead of the paper's at its size
     method = _method(choices, facts)
-    small = not facts.gpu or facts.side < _SHARP  # a small network, instead of the paper's at its size
-    most, why = (224, "the paper's") if facts.gpu else (_SHARP, f"larger ones teach no more in the same time ({_OURS})")
-    size = choices.make("data.global_crops_size", max(16, min(most, facts.side) // 16 * 16), f"at most {most} pixels, {why}")
-    side = size if isinstance(size, int) else min(size)
-    choices.make("data.batch_size", _batch(facts, small), "as many as pay on this device, and at least ten steps an epoch")
-    if small:
-        choices.make("data.local_crops_number", 0, f"two global crops teach a small network more in the same time ({_OURS})")
-        why = "wide, as there are no local crops; JPEGs are read at half their size where that is enough"
-        choices.make("data.global_crops_scale", [0.25, 1.0], why)
-    if side < _SHARP and method != "mae":
-        choices.make("data.blur_p", [0.0, 0.0, 0.0], "images of so few pixels need none (lightly and solo-learn on CIFAR-10)")
-    if small and method == "simclr":
-        for option, value in _VIEWS.items():
-            choices.make(f"data.{option}", value, f"DINO's, for all methods ({_OURS})")
+    side = _views(choices, facts, method, small)
     is_vit = _backbone(choices, facts, method, side, small)
     if small:
         for option, value in {**_ADAMW, **_SMALL[method]}.items():
-            choices.make(f"model.{option}", value, f"of a small network ({_OURS})")
+            choices.make(f"model.{option}", value, "for a small network, as DINO's optimizer")
+    elif method in ("simclr", "byol"):
+        for option, value in {**_ADAMW, "lr": 5e-4}.items():
+            choices.make(f"model.{option}", value, "DINO's for a ViT, instead of LARS, which is for large batches")
     if method == "dinov2" and not is_vit:
         choices.make("model.ibot_loss_weight", 0.0, "only a ViT has patches to hide")
     if method in ("dino", "dinov2"):
@@ -103,65 +99,112 @@ def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:
     return method, choices
 
 
-def _batch(facts: Facts, small: bool) -> int:
-    most = 256 if facts.gpu and small else 128 if small else 64
-    while most > 8 and most * facts.devices * 10 > facts.images:
+def _method(choices: Choices, facts: Facts) -> str:
+    named = {name.split(".")[1] for name in choices.said if name.startswith("model.")}
+    if choices.of("method") or facts.gpu or not named <= (faces.options("fit", "simclr").groups["model"] or set()):
+        return choices.of("method", "dino")
+    return choices.make("method", "simclr", f"learns more than DINO in the time that a CPU has ({_OURS}); --method dino for DINO")
+
+
+def _views(choices: Choices, facts: Facts, method: str, small: bool) -> int:
+    """The side of the global crops, the shorter one."""
+    most, why = (224, "the paper's") if facts.gpu else (_SHARP, f"on a CPU larger ones taught no more in the same time ({_OURS})")
+    size = choices.make("data.global_crops_size", max(16, min(most, facts.side) // 16 * 16), f"at most {most} pixels, {why}")
+    side = size if isinstance(size, int) else min(size)
+    most = 64 if not small else 256 if facts.gpu else 128
+    while most > 2 and most * facts.devices * 10 > facts.images:
         most //= 2
-    return most
+    choices.make("data.batch_size", most, "as many as pay on this device, and at least ten steps an epoch")
+    if small:
+        choices.make("data.local_crops_number", 0, f"two global crops taught a small network more in the same time ({_OURS})")
+        why = "wide, as there are no local crops; JPEGs are read at half their size where that is enough"
+        choices.make("data.global_crops_scale", [0.25, 1.0], why)
+    elif side < 224:
+        choices.make("data.local_crops_size", max(16, side * 3 // 7 // 16 * 16), "96 of 224, as in the paper")
+    if side < _SHARP and method != "mae":
+        choices.make("data.blur_p", [0.0, 0.0, 0.0], "images of so few pixels need none (lightly and solo-learn on CIFAR-10)")
+    if small and method == "simclr":
+        for option, value in _VIEWS.items():
+            choices.make(f"data.{option}", value, "DINO's, with which it was compared")
+    return side
 
 
 def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: bool) -> bool:
     """Whether it is a ViT, as far as its name tells."""
-    needs_patches = method == "mae"
     if not small:
         name = choices.make("model.backbone", "vit_small", "the paper's smallest network, 22 million parameters")
-    elif needs_patches:
-        options = {"patch_size": max(1, side // 8), "embed_dim": 192, "depth": 6, "num_heads": 3, "img_size": side}
+    elif method == "mae":
+        patch = next(pixels for pixels in range(max(1, side // 8), 0, -1) if side % pixels == 0)
+        options = {"patch_size": patch, "embed_dim": 192, "depth": 6, "num_heads": 3, "img_size": side}
         why = "only a ViT has patches to hide; a small one"
         name = choices.make("model.backbone", {"class_path": "dino_lightning.VisionTransformer", "init_args": options}, why)
     else:
-        options = {"stem_stride": max(1, side // 32)} if facts.gpu else {"widths": [24, 48, 96, 192], "stem_stride": max(1, side // 16), "grid": 2}
+        options = {"stem_stride": max(1, side // 32)}
+        if not facts.gpu:
+            options = {"widths": [24, 48, 96, 192], "stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
         name = choices.make("model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why)
     choices.make("model.img_size", side, "that of the global crops")
     return any(word in str(name) for word in ("vit", "VisionTransformer"))
 
 
-def _seconds(images: int, images_per_s: float) -> float:
-    """Of a validation."""
-    return images / (_EVALUATED * images_per_s)
-
-
-def length(choices: Choices, facts: Facts, method: str, minutes: float, images_per_s: float) -> None:
-    """How long a run is at a measured pace, and what depends on that."""
-    holds = {choice.option: choice.value for choice in choices} | choices.said
-    step = int(holds["data.batch_size"]) * int(holds.get("trainer.accumulate_grad_batches", 1)) * facts.devices
-    available = _VALIDATING * 60 * minutes
-    bank = facts.bank
-    if bank > _FEW and _seconds(bank + facts.queries, images_per_s) > available / 2:
-        bank = choices.make("data.max_bank", _FEW, f"all {bank} would take {_seconds(bank, images_per_s):.0f} s in every validation")
-    evaluated = _seconds(bank + facts.queries, images_per_s)
-    validations = min(_VALIDATIONS, max(1, int(available / evaluated))) if evaluated else 0
-    first = evaluated < available
-    if evaluated and not first:
-        choices.make("trainer.num_sanity_val_steps", 0, f"a validation before the first step would take {evaluated:.0f} s")
-    seconds = 60 * minutes - (validations + first) * evaluated
-    steps = max(_EPOCHS, int(seconds * images_per_s / step))
-    whole = facts.images // step  # steps that see every image
-    pace = f"{images_per_s:.3g} images a second were measured"
-    epochs = max(_EPOCHS, round(steps / whole))
-    if steps < _EPOCHS * whole:
-        why = f"all images are seen {steps / whole:.1f} times, so an epoch is a part of their {whole} batches"
-        choices.make("trainer.limit_train_batches", steps // _EPOCHS * int(holds.get("trainer.accumulate_grad_batches", 1)), why)
+def length(choices: Choices, facts: Facts, minutes: float, images_per_s: float) -> None:
+    """How long a run is at a measured pace: it, and its validations, take the minutes."""
+    available = 60 * minutes
+    evaluated = _validation(choices, facts, available * _VALIDATING, images_per_s)
+    first = choices.of("trainer.num_sanity_val_steps", -1) != 0 and evaluated > 0  # before the first step
+    validations = min(_VALIDATIONS, max(1, int(available * _VALIDATING / evaluated))) if evaluated else 0
+    accumulated = int(choices.of("trainer.accumulate_grad_batches", 1))
+    step = int(choices.of("data.batch_size")) * accumulated * facts.devices
+    steps = max(_EPOCHS, int((available - (validations + first) * evaluated) * images_per_s / step))
+    whole = max(1, facts.images // step)  # steps that see every image
+    limit = choices.of("trainer.limit_train_batches", 1.0) or 1.0
+    in_epoch = max(1, int(limit * whole) if isinstance(limit, float) else limit // accumulated)
+    if steps < _EPOCHS * in_epoch and not choices.has("trainer.limit_train_batches"):
+        in_epoch = steps // _EPOCHS
+        why = f"all images are seen {steps / whole:.1f} times, so an epoch is {in_epoch} of their {whole} steps"
+        choices.make("trainer.limit_train_batches", in_epoch * accumulated, why)
+    epochs = max(1, round(steps / in_epoch))
+    asked = choices.of("trainer.check_val_every_n_epoch")
+    if validations and asked:
+        each = in_epoch * step / images_per_s + evaluated / asked
+        epochs = max(1, round((available - first * evaluated) / each))
+    elif validations:
+        every = max(1, round(epochs / validations))
+        why = f"a validation takes about {evaluated:.0f} s; all of them a tenth of the time"
+        choices.make("trainer.check_val_every_n_epoch", every, why)
+        epochs = max(1, round(epochs / every)) * every  # so that the last one is validated
+    steps = epochs * in_epoch
     choices.make("trainer.log_every_n_steps", min(50, max(1, steps // 100)), "a hundred points of a curve, or more")
-    choices.make("trainer.max_epochs", epochs, f"{pace}: {steps} steps in {minutes:g} minutes")
-    every = max(1, round(epochs / validations)) if validations else epochs
-    choices.make("trainer.check_val_every_n_epoch", every, f"validation takes about {evaluated:.0f} s, and may take a tenth of the time")
+    why = f"{steps} steps take {minutes:g} minutes at the {images_per_s:.3g} images a second that were measured"
+    choices.make("trainer.max_epochs", epochs, why)
+    schedules(choices, epochs, steps)
+
+
+def _validation(choices: Choices, facts: Facts, available: float, images_per_s: float) -> float:
+    """Seconds of one; the bank is made smaller, and the one before the first step left out, where all of them have few seconds."""
+    if choices.of("trainer.limit_val_batches", 1.0) == 0:
+        return 0.0
+
+    def seconds(bank: int) -> float:
+        return (bank + facts.queries) / (_EVALUATED * images_per_s)
+
+    bank = facts.bank
+    if bank > _FEW and seconds(bank) > available / 2:
+        bank = min(bank, choices.make("data.max_bank", _FEW, f"a validation with all {bank} would take {seconds(bank):.0f} s") or bank)
+    if seconds(bank) > available:
+        choices.make("trainer.num_sanity_val_steps", 0, f"a validation before the first step would take {seconds(bank):.0f} s")
+    return seconds(bank)
+
+
+def schedules(choices: Choices, epochs: int, steps: int | None) -> None:
+    """Warm-ups and momentum of a run of so many epochs and, where they are known, steps."""
+    method = choices.of("method", "dino")
     choices.make("model.warmup_epochs", max(1, epochs // 10), "a tenth of the run (lightly-train)")
     if method in ("dino", "dinov2"):
         choices.make("model.warmup_teacher_temp_epochs", max(1, epochs * 3 // 10), "three tenths of the run (lightly-train)")
-        choices.make("model.freeze_last_layer", max(1, epochs // 20), "as long as the paper's, of a hundred epochs, at most a twentieth")
-    if method in ("dino", "dinov2", "byol", "moco_v3"):
-        momentum = min(0.996, max(0.99, 1 - 20 / steps))
-        why = f"a teacher of the last {1 / (1 - momentum):.0f} of {steps} steps ({_OURS})"
-        choices.make("model.momentum_teacher", round(momentum, 4), why)
+        choices.make("model.freeze_last_layer", max(1, epochs // 20), "the paper's one epoch, or a twentieth of the run")
+    if method in ("dino", "dinov2", "byol", "moco_v3") and steps:
+        momentum = round(min(0.996, max(0.99, 1 - 20 / steps)), 4)
+        why = f"the teacher averages over {1 / (1 - momentum):.0f} of {steps} steps; the paper's 0.996 is for 250,000"
+        choices.make("model.momentum_teacher", momentum, why)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import Dataset
 
 from dino_lightning.data.datamodule import MultiCropDataModule
-from dino_lightning.data.views import load
+from dino_lightning.data.views import UNREADABLE, load
+from dino_lightning.tools.fit_options import device_count, first_device
 
 _LOOKED_AT = 32  # images whose size is read
 
@@ -48,26 +50,36 @@ def look(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> Facts:
     module = MultiCropDataModule(**{**data, "batch_size": 1})
     module.setup("fit")
     source = module.train_dataloader().dataset.source
-    chosen = range(0, len(source), max(1, len(source) // _LOOKED_AT))
-    sides = [min(load(source, index, module.in_chans)[0].shape[:2]) for index in chosen]
     bank, queries = [len(loader.dataset) for loader in module.val_dataloader()] or (0, 0)
     gpu = torch.cuda.is_available() and trainer["accelerator"] in ("auto", "gpu", "cuda")
+    index = first_device(trainer["devices"])
     return Facts(
         images=len(source),
         bank=bank,
         queries=queries,
-        side=int(statistics.median(sides)),
-        gpu=torch.cuda.get_device_name() if gpu else None,
-        memory=torch.cuda.get_device_properties(0).total_memory if gpu else 0,
-        devices=_devices(trainer["devices"], torch.cuda.device_count() if gpu else 1) * trainer["num_nodes"],
+        side=_shorter_side(source, module.in_chans),
+        gpu=torch.cuda.get_device_name(index) if gpu else None,
+        memory=torch.cuda.get_device_properties(index).total_memory if gpu else 0,
+        devices=device_count(trainer["devices"], torch.cuda.device_count() if gpu else 1) * trainer["num_nodes"],
         half=torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_has_bfloat16(),
     )
 
 
-def _devices(asked: Any, there: int) -> int:
-    if isinstance(asked, list):
-        return len(asked)
-    return int(asked) if str(asked).isdecimal() and int(asked) > 0 else there
+def _shorter_side(source: Dataset, in_chans: int) -> int:
+    """The median of some images; unreadable ones tell nothing, as in training.
+
+    Raises:
+        ValueError: if none of them can be read.
+    """
+    sides = []
+    for index in range(0, len(source), max(1, -(-len(source) // _LOOKED_AT))):
+        try:
+            sides.append(min(load(source, index, in_chans)[0].shape[:2]))
+        except UNREADABLE as error:
+            failure = error
+    if not sides:
+        raise ValueError(f"none of the images that --config auto looked at can be read, the last of them because: {failure}")
+    return int(statistics.median(sides))
 
 
 def _cpu_has_bfloat16() -> bool:

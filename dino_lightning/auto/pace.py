@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+_PATIENCE = 600  # seconds for what comes before and after: imports, the listing of images
+_INSTEAD = "give --trainer.max_epochs instead of --minutes, or smaller batches"
+
 
 def images_per_second(args: Sequence[str], seconds: int) -> float:
     """Of ``dino-lightning fit`` with these arguments, over all devices, without validation, measured for some seconds, up to 59.
@@ -28,12 +31,18 @@ def images_per_second(args: Sequence[str], seconds: int) -> float:
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
             "enable_checkpointing": False,
+            "callbacks": None,
             "enable_progress_bar": False,
         }
         options = [f"--trainer.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in trial.items()]
         command = [sys.executable, "-m", "dino_lightning", "fit", *args, *options]
         quiet = {**os.environ, "WANDB_MODE": "disabled"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet)
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=quiet, timeout=seconds + _PATIENCE
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"the trial of --config auto did not end within {error.timeout:.0f} s; {_INSTEAD}") from error
         log = next(Path(folder).glob("**/metrics.csv"), None)
         if done.returncode or log is None:
             said = "\n".join(done.stdout.strip().splitlines()[-3:])
@@ -41,4 +50,6 @@ def images_per_second(args: Sequence[str], seconds: int) -> float:
         with open(log, newline="", encoding="utf-8") as file:
             rates = [float(row["train/images_per_s"]) for row in csv.DictReader(file) if row.get("train/images_per_s")]
     rates = list(dict.fromkeys(rates))  # a reading stands in every line until the next
+    if not rates:
+        raise ValueError(f"the trial of --config auto made no two steps in {seconds} s; {_INSTEAD}")
     return statistics.median(rates[1:] or rates)

@@ -92,7 +92,8 @@ class CollapseDoctor(Callback):
             return
         missing = torch.full_like(spread[0], torch.nan)
         entropy, kl, *patches = (outputs.get(name, missing) for name in ("teacher_entropy", "kl", *_OF_PATCHES))
-        loss = entropy + kl if "kl" in outputs else outputs["loss"]  # of DINOv2 the class tokens' part
+        # Of DINOv2 the class tokens' part. Lightning has divided the whole one by the accumulated batches.
+        loss = entropy + kl if "kl" in outputs else outputs["loss"] * trainer.accumulate_grad_batches
         first = [value * _WINDOW for value in spread[:2]] if trainer.global_step <= 1 and self._batches == 0 else [0 * spread[0]] * 2
         signs = torch.stack([loss, entropy, kl, *spread, *patches, *first])
         known = signs.isfinite()

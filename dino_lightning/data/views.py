@@ -16,7 +16,7 @@ from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)
 
-_UNREADABLE = (UnreadableImage, OSError, SyntaxError)  # PIL raises a SyntaxError for some broken PNGs
+UNREADABLE = (UnreadableImage, OSError, SyntaxError)  # PIL raises a SyntaxError for some broken PNGs
 _ATTEMPTS = 10
 _REPLACEMENT = 2**32  # keeps the draws of a replacement apart from those of the views
 
@@ -80,7 +80,7 @@ class TrainingViews(Dataset):
         for attempt in range(_ATTEMPTS):
             try:
                 return load(self.source, candidate, self.in_chans, self._reduction), unreadable
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 unreadable.append(_line(self.source, candidate, error))
             candidate = int(generator(self.seed, epoch, index, _REPLACEMENT + attempt).integers(len(self)))
         raise RuntimeError(f"{_ATTEMPTS} images in a row could not be read:\n" + "\n".join(unreadable))
@@ -113,7 +113,7 @@ class EvaluationViews(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         try:
             image, label = load(self.source, index, self.in_chans)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
             return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
         return center_view(image, self.size), label
@@ -134,7 +134,7 @@ class CropViews(EvaluationViews):
         epoch, index = key
         try:
             image, label = load(self.source, index, self.in_chans)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
             return torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), -1
         random = generator(self.seed, epoch, index)
@@ -149,7 +149,7 @@ class PredictionViews(EvaluationViews):
     def __getitem__(self, index: int) -> tuple[Tensor, str] | None:
         try:
             image, _ = load(self.source, index, self.in_chans)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             log.warning("left out, since it cannot be read: %s", _line(self.source, index, error))
             return None
         return center_view(image, self.size), describe(self.source, index)

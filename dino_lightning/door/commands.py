@@ -42,7 +42,7 @@ def check(command: str, args: Sequence[str]) -> None:
     configs = [value for name, value in given if name == "--config"]
     if recipes.AUTO in configs and command != "fit":
         raise UsageError(f"--config auto is for fit; give {command} the config.yaml of a run instead")
-    if recipes.AUTO not in configs and "--minutes" in dict(given):
+    if recipes.AUTO not in configs and found.get("minutes") is not None:
         raise UsageError("--minutes says how long --config auto may make the run; without that, give --trainer.max_epochs")
     _check_checkpoint(dict(given).get("--ckpt_path"))
     asks = any(name.endswith(".help") for name, _ in given)

@@ -57,8 +57,9 @@ def compare(
 ) -> list[Result]:
     """Trains methods one after the other on the same images, each for the same time, and says what their features are worth.
 
-    Each is ``fit --config auto`` with two views of an image (MAE: each is a sample), the same backbone (MAE, which needs patches: a small
-    ViT), AdamW at one learning rate, and a schedule that ends with its time. A run that was interrupted goes on where it was when
+    Each is ``fit --config auto`` with two views of an image (MAE: each is a sample), the same backbone (of a small network MAE, which needs
+    patches, has a ViT), AdamW, and a schedule that ends with its time. On a CPU, and for small images, all have a small network and one
+    learning rate; on a GPU a ViT-S/16, at the rates of ``auto``. A run that was interrupted goes on where it was when
     the command is given again, and what is done is not done again.
 
     Short runs favour other methods than long ones, and no method is tuned here: read it as "on these images, in this time".
@@ -120,7 +121,12 @@ def _train(folder: Path, method: str, minutes: float, data: dict[str, Any], seed
 
 def _config(folder: Path) -> dict[str, Any]:
     """Of the run in a method's folder."""
-    return yaml.safe_load(max(folder.glob("log/*/config.yaml")).read_text(encoding="utf-8"))
+    return yaml.safe_load((_run(folder) / "config.yaml").read_text(encoding="utf-8"))
+
+
+def _run(folder: Path) -> Path:
+    """The newest, where one was cut off before it could be gone on with."""
+    return max(folder.glob("log/version_*"), key=lambda path: int(path.name.removeprefix("version_")))
 
 
 def _fit(written: Path, options: Sequence[str]) -> float:
@@ -141,11 +147,8 @@ def _fit(written: Path, options: Sequence[str]) -> float:
 
 def _log(folder: Path) -> list[dict[str, str]]:
     """The rows of the run's log, the oldest first."""
-    rows = []
-    for path in sorted(folder.glob("log/version_*/metrics.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows += list(csv.DictReader(file))
-    return rows
+    with open(_run(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _judge(folder: Path, method: str, root: str, minutes: float) -> Result:

@@ -18,7 +18,7 @@ from dino_lightning.evaluation.kept import kept_bytes
 from dino_lightning.listing import list_images
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
-from dino_lightning.tools.fit_options import built, parsed
+from dino_lightning.tools.fit_options import built, device_count, parsed
 from dino_lightning.training.checks import check_crops
 
 _EPOCHS = 100  # of fit, unless said
@@ -83,7 +83,7 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
         costs = _costs(module, views, data["batch_size"], dtype)
     student, teacher = module.trained, module.evaluated
     per_step = data["batch_size"] * trainer["accumulate_grad_batches"]
-    devices = devices or _devices(trainer)
+    devices = devices or device_count(trainer["devices"], 1) * trainer["num_nodes"]
     head_rows = costs.rows
     step = Step(
         batch=data["batch_size"],
@@ -190,16 +190,6 @@ def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: 
         images = len(built(data["dataset"]))
     epochs = trainer["max_epochs"] or _EPOCHS
     return None if images is None or epochs < 0 else images * epochs
-
-
-def _devices(trainer: Mapping[str, Any]) -> int:
-    """As many as are said; ``auto`` and -1, which depend on the machine, are one."""
-    asked = trainer["devices"]
-    if isinstance(asked, list):
-        count = len(asked)
-    else:
-        count = int(asked) if str(asked).isdecimal() else 1
-    return max(1, count) * trainer["num_nodes"]
 
 
 def _count(network: nn.Module, trainable: bool = False) -> int:

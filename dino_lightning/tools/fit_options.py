@@ -18,7 +18,7 @@ from dino_lightning.methods import method_class
 
 
 def parsed(options: Sequence[str], command: str) -> dict[str, Any]:
-    """All of them, defaults too; what plays no part here is taken as well.
+    """All of them, with the defaults of the classes (those of the command line are not among them); what plays no part is taken as well.
 
     Args:
         options: with paths or text behind --config, no names of recipes.
@@ -42,7 +42,7 @@ def parsed(options: Sequence[str], command: str) -> dict[str, Any]:
         raise UsageError(brief(str(error), command)) from error
     model = config["model"]
     model["in_chans"] = config["data"]["in_chans"]  # as fit links them
-    model["weights"] = None  # what the run begins with costs nothing
+    model["weights"] = None  # what a run begins with is not looked at here
     if "weights_with_head" in model:
         model["weights_with_head"] = False
     backbone = model["backbone"]
@@ -58,3 +58,19 @@ def built(value: Any) -> Any:
     module, _, name = value["class_path"].rpartition(".")
     arguments = value.get("init_args") or {}
     return getattr(importlib.import_module(module), name)(**{key: built(inner) for key, inner in arguments.items()})
+
+
+def device_count(asked: Any, there: int) -> int:
+    """Of ``trainer.devices`` on a machine with so many: ``auto`` and -1 are all of them."""
+    if isinstance(asked, str) and "," in asked:
+        return len([index for index in asked.split(",") if index.strip()])
+    if isinstance(asked, list):
+        return len(asked)
+    return int(asked) if str(asked).isdecimal() and int(asked) > 0 else there
+
+
+def first_device(asked: Any) -> int:
+    """The index of the first GPU of ``trainer.devices``."""
+    if isinstance(asked, str) and "," in asked:
+        asked = [int(index) for index in asked.split(",") if index.strip()]
+    return asked[0] if isinstance(asked, list) else 0
