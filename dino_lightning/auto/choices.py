@@ -82,8 +82,10 @@ def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:
     side = _views(choices, facts, method, small)
     is_vit = _backbone(choices, facts, method, side, small)
     if small:
-        for option, value in {**_ADAMW, **_SMALL[method]}.items():
-            choices.make(f"model.{option}", value, "for a small network, as DINO's optimizer")
+        for option, value in _ADAMW.items():
+            choices.make(f"model.{option}", value, "DINO's, for all methods")
+        for option, value in _SMALL[method].items():
+            choices.make(f"model.{option}", value, "for a small network")
     elif method in ("simclr", "byol"):
         for option, value in {**_ADAMW, "lr": 5e-4}.items():
             choices.make(f"model.{option}", value, "DINO's for a ViT, instead of LARS, which is for large batches")
