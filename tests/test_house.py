@@ -1,6 +1,7 @@
 """The house: data and imports flow one way."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "dino_lightning"
@@ -37,6 +38,12 @@ def test_no_import_points_up():
         if ORDER.index(name.split(".")[1]) > ORDER.index(room(file))
     ]
     assert not up
+
+
+def test_every_room_is_in_the_wheel():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    rooms = {".".join(file.parent.relative_to(PACKAGE.parent).parts) for file in PACKAGE.rglob("*.py")}
+    assert rooms <= set(project["tool"]["setuptools"]["packages"])
 
 
 def test_losses_backbones_and_evaluation_know_no_trainer():
