@@ -48,6 +48,17 @@ def test_settings_follow_images_and_device():
     assert chosen(MILLION, "simclr")["model.optimizer"] == "adamw", "LARS is not for these batches"
 
 
+def test_methods_differ_in_what_is_theirs_alone():
+    found = {method: chosen(CIFAR, method) for method in METHODS}
+    assert found.keys() == {"dino", "dinov2", "simclr", "byol", "moco_v3", "mae"}
+    shared = [option for option in found["dino"] if option.startswith("data.")] + ["model.optimizer", "model.weight_decay", "model.img_size"]
+    for method in found.keys() - {"mae"}:
+        assert all(found[method][option] == found["dino"][option] for option in [*shared, "model.backbone"]), method
+    assert found["mae"]["model.backbone"]["class_path"] == "dino_lightning.VisionTransformer"
+    assert found["dinov2"]["model.ibot_loss_weight"] == 0.0
+    assert "model.ibot_loss_weight" not in chosen(CIFAR, "dinov2", {"model.backbone": "vit_tiny"})
+
+
 def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
     asked = {"cpu": (CIFAR, {}), "gpu": (MILLION, {}), "said": (CIFAR, {"method": "dino"}), "an option": (CIFAR, {"model.teacher_temp": 0.03})}
     found = {name: settings(facts, said) for name, (facts, said) in asked.items()}
