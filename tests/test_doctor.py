@@ -190,6 +190,14 @@ def test_methods_without_prototypes_are_watched_too(method, tmp_path, caplog):
     assert fine.state_dict()["told"] == []
 
 
+def test_accumulated_batches_leave_the_loss_as_it_is(tmp_path):
+    """Lightning divides what a step returns by their number."""
+    doctor = CollapseDoctor()
+    _, rows = train(tmp_path, doctor, method=SimCLRModule, augmented=True, accumulate_grad_batches=2)
+    logged = [float(row["train/loss"]) for row in rows[:10]]  # the first window: twenty batches
+    assert doctor.state_dict()["first"]["first_loss"] == pytest.approx(sum(logged) / 10, rel=0.3)
+
+
 def test_a_subclass_whose_step_gives_the_loss_alone(tmp_path):
     class Plain(DINOModule):
         def training_step(self, batch, batch_idx):
