@@ -37,7 +37,8 @@ class Facts(NamedTuple):
     half: bool
 
     def __str__(self) -> str:
-        device = f"{self.devices} × {self.gpu}" if self.gpu else f"{_cores()} CPU cores"
+        cores = _cores()
+        device = f"{self.devices} × {self.gpu}" if self.gpu else f"{cores} CPU core{'s' * (cores > 1)}"
         return f"{self.images} images, the shorter side {self.side} pixels; {device}"
 
 
