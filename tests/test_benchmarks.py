@@ -56,6 +56,12 @@ def test_what_a_gpu_will_learn_runs_on_a_cpu(tmp_path):
 
 
 @pytest.mark.slow
+def test_broken_input_ends_in_words_of_ours(tmp_path):
+    found = run(tmp_path, "faults.py", "--images", 100, "--configs", 30, "--checkpoints", 30, "--seed", 1)["results"]
+    assert found["images"]["of these unreadable"] > 30 and found["configs"]["our error"] > 5 and found["checkpoints"]["our error"] > 5
+
+
+@pytest.mark.slow
 def test_time_and_memory_of_the_loss(tmp_path):
     results = run(tmp_path, "loss.py", "--batch", 2, "--views", 4)["results"]
     assert all(value > 0 for what in ("time", "extra memory") for value in results[what]["rounds"]["ours"])

@@ -11,6 +11,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_images
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -224,6 +225,14 @@ def test_a_lack_of_shared_memory_is_told_with_its_remedy(words, capsys):
         assert errors.of_the_user(told)
         errors.tell(told)
         assert "--ipc=host or --shm-size=8g, or take fewer --data.num_workers" in capsys.readouterr().err
+
+
+def test_a_lack_of_memory_is_told_with_what_needs_less(capsys):
+    with pytest.raises(RuntimeError) as told:
+        torch.empty(2**50)
+    assert errors.of_the_user(told.value) and errors.of_the_user(MemoryError())
+    errors.tell(told.value)
+    assert "a smaller --data.batch_size" in capsys.readouterr().err
 
 
 def test_a_finished_extraction_answers_without_torch(small_checkpoint, tmp_path, monkeypatch, capsys):

@@ -73,6 +73,12 @@ def test_equal_patches_are_gray(shape):
         assert rgb.shape == (*shape[1:], 3) and (rgb == 0.5).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_features_of_damaged_weights_are_named(value):
+    with pytest.raises(ValueError, match="not finite, or too large"):
+        pca_rgb(torch.randn(2, 8, 3, 3) * value)
+
+
 def test_two_kinds_of_patches_have_one_component():
     features = torch.zeros(2, 8, 4, 4)
     features[:, :, 1:3, 1:3] = 1.3

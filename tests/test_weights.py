@@ -119,6 +119,14 @@ def test_files_that_hold_code_or_are_broken_are_refused(tmp_path, capsys):
         load_backbone(bad)
     with pytest.raises(FileNotFoundError, match="holds none of model.safetensors, pytorch_model.bin"):
         load_backbone(tmp_path)
+    weights = small_vit().state_dict()
+    save_file({**weights, "norm.bias": weights["norm.bias"].log()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not finite \(norm.bias\): it is damaged, or of a run that diverged"):
+        load_backbone(tmp_path, num_heads=3)
+    for text, message in (('{"num_attention_heads": 3', "config.json is no JSON, or not whole"), ("[3]", "config.json holds a list")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_backbone(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,9 @@ def pca_rgb(features: Sequence[Tensor]) -> list[Tensor]:
 
     Returns:
         Of each image (h, w, 3) in [0, 1], float32.
+
+    Raises:
+        ValueError: if there are none, or they are not finite.
     """
     if not len(features):
         raise ValueError("there are no features to find principal components of; give those of at least one image")
@@ -59,6 +62,8 @@ def _axes(features: Sequence[Tensor], mean: Tensor, count: int) -> Tensor:
 
 def _leading(gram: Tensor) -> Tensor:
     """The eigenvectors (n, ≤ 3) of a symmetric matrix (n, n) that belong to its greatest eigenvalues, in falling order."""
+    if not gram.isfinite().all():
+        raise ValueError("the features are not finite, or too large to be squared: the weights are damaged, or of a run that diverged")
     return torch.linalg.eigh(gram.cpu()).eigenvectors[:, -_COMPONENTS:].flip(1).to(gram.device)
 
 

@@ -124,6 +124,9 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
         raise ValueError(
             f"{source.name} is of another network: {_listed(tuple(wrong))}. Choose the backbone and patch_size that it was trained with"
         )
+    broken = tuple(name for name, value in weights.items() if not value.isfinite().all())
+    if broken:
+        raise ValueError(f"{source.name} holds values that are not finite ({_listed(broken)}): it is damaged, or of a run that diverged")
     with torch.no_grad():
         for name, value in weights.items():
             own[name].copy_(value)

@@ -93,7 +93,15 @@ _OF_FOLDERS = ("model.safetensors", "pytorch_model.bin", "backbone.pth", "checkp
 
 def _config_beside(file: Path) -> dict[str, Any]:
     config = file.with_name("config.json")
-    return _said_by_config(json.loads(config.read_text())) if config.is_file() else {}
+    if not config.is_file():
+        return {}
+    try:
+        said = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON, or not whole: {error}") from None
+    if not isinstance(said, dict):
+        raise ValueError(f"{config} holds a {type(said).__name__}, no configuration of a network")
+    return _said_by_config(said)
 
 
 def _said_by_config(config: Mapping[str, Any]) -> dict[str, Any]:
