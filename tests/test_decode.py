@@ -1,8 +1,12 @@
 """Every row of the rule in dino_lightning.data.decode, with pixel values worked out here by other means."""
 
+import io
+import logging
+import multiprocessing
 import os
 import pickle
 import struct
+import time
 import warnings
 import zlib
 
@@ -12,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from dino_lightning.data import ChannelMismatch, UnreadableImage, as_array, jpeg, read_image
+from dino_lightning.data import ChannelMismatch, UnreadableImage, as_array, decode, jpeg, read_image, slow_reads
 
 GRADIENT = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10  # RGB, 2 high, 4 wide, no two values alike
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
@@ -545,7 +549,33 @@ def test_text_file_by_the_name_of_an_image(tmp_path, name):
 def test_missing_file_and_folder(tmp_path):
     assert "No such file" in unreadable(tmp_path / "missing.jpg").reason
     (tmp_path / "folder.jpg").mkdir()
-    unreadable(tmp_path / "folder.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name in ("folder.jpg", "pipe.jpg"):
+        assert "a pipe, a device or a folder" in unreadable(tmp_path / name).reason
+
+
+def test_a_file_that_is_read_for_long_is_named(tmp_path, monkeypatch, caplog):
+    """By each process, also one that was forked while another read."""
+    monkeypatch.setattr(slow_reads, "SECONDS", 0.1)
+    monkeypatch.setattr(slow_reads, "_watched_process", None)  # of this process, which sleeps for longer
+    path = saved(GRADIENT, tmp_path / "slow.png")
+    opened = open
+    monkeypatch.setattr(decode, "open", lambda *names: time.sleep(0.5) or opened(*names), raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a fork beside a thread
+        with slow_reads.watched("of the parent"), multiprocessing.get_context("fork").Pool(1) as pool:
+            read_image(path)
+            said = pool.apply(_said_while_reading, (path,))
+    for text in (caplog.text, said):
+        assert f"{path} has been read for 0." in text and text.count(str(path)) <= 3
+    assert "of the parent" in caplog.text and "of the parent" not in said
+
+
+def _said_while_reading(path):
+    stream = io.StringIO()
+    slow_reads.log.addHandler(logging.StreamHandler(stream))
+    read_image(path)
+    return stream.getvalue()
 
 
 class MakesFolder:

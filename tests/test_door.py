@@ -67,6 +67,7 @@ WRONG = [
     (["fit", "--data.root", ".", "--trainer.max_epochs=1.5"], 2, "--trainer.max_epochs takes int or null, got 1.5"),
     (["fit", "--config", "wrong.yaml"], 2, "unknown key data.bach_size in wrong.yaml; did you mean data.batch_size?"),
     (["fit", "--config", "torn.yaml"], 2, "torn.yaml is no YAML: "),
+    (["fit", "--config", "odd.yaml"], 2, "data.root takes a folder, got [3]"),
     (["fit", "--config", "vit_small"], 2, "fit needs images: add --data.root FOLDER (a folder of images), or data.dataset"),
     (["fit", "--data.root", "nowhere"], 2, "there is no image folder nowhere"),
     (["knn", "--bach_size", "3"], 2, "unknown option --bach_size of knn; did you mean --batch_size?"),
@@ -90,6 +91,7 @@ WRONG = [
 def test_wrong_arguments_are_named_without_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("data: {bach_size: 3}")
+    Path("odd.yaml").write_text("data: {root: [3]}")
     Path("torn.yaml").write_text("data: {batch_size: 3")
     helps = [["--help"], [], ["--version"], ["knn", "--help"], ["extract", "--help"], ["estimate", "--help"]]
     answers = lightly(*(args for args, _, _ in WRONG), *helps)

@@ -27,6 +27,7 @@ TIFF with bands beside RGB it drops them or takes the fourth for alpha, as the f
 
 import io
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -35,6 +36,7 @@ import torch
 from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 
 from dino_lightning.data import jpeg
+from dino_lightning.data.slow_reads import watched
 
 _HIGH_BIT_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 _EXPANDED_MODES = {"PA": "RGBA", "La": "LA", "RGBa": "RGBA"}
@@ -81,7 +83,9 @@ def read_image(
     name = os.fspath(path)
     # PIL gets the bytes rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles one
     # that its orientation tag turns by a quarter (seen in Pillow 13.0). One read is also faster than its many.
-    with _errors_naming(name):
+    with _errors_naming(name), watched(name):
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise OSError("a pipe, a device or a folder, from which nothing may ever come")
         with open(name, "rb") as file:
             data = file.read()
         if name.lower().endswith(".npy"):

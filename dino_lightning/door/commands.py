@@ -97,6 +97,8 @@ def _check_images(command: str, given: dict[str, Any]) -> None:
     if "data" in sources:  # a file of its own
         return
     root = sources.get("data.root")
+    if not isinstance(root, str | None):
+        raise UsageError(f"data.root takes a folder, got {root}")
     if root is not None and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
     needs = command != faces.LIKE_FIT
