@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
-from dino_lightning.callbacks import OnlineKNN, SaveEvery, StopOnSignal
+from dino_lightning.callbacks import AttentionMaps, OnlineKNN, SaveEvery, StopOnSignal
 from dino_lightning.training.loggers import AppendingCSVLogger
 
 LIMIT = 60  # seconds for one
@@ -34,9 +34,10 @@ def fit(*callbacks: Callback, logger=False, root: str = "../images", resume: str
     torch.manual_seed(0)
     module = DINOModule(vit, out_dim=64, hidden_dim=32, warmup_epochs=0)
     keep = ModelCheckpoint("checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    keep = [keep] if options.get("enable_checkpointing", True) else []
     monitor = [ModelCheckpoint("best", "{step}", "val/knn_top1", save_top_k=-1, save_on_train_epoch_end=False)] if "labelled" in root else []
     options = {"accelerator": "cpu", "max_epochs": 200, "enable_progress_bar": False, "enable_model_summary": False} | options
-    trainer = Trainer(callbacks=[*callbacks, StopOnSignal(), keep, *monitor], logger=logger, log_every_n_steps=1, **options)
+    trainer = Trainer(callbacks=[*callbacks, StopOnSignal(), *keep, *monitor], logger=logger, log_every_n_steps=1, **options)
     trainer.fit(module, data(root), ckpt_path=resume)
 
 
@@ -80,11 +81,14 @@ class FailsTwice(Fails):
 
 
 class FillsTheDisk(Callback):
-    """From the fifth step on no file may grow beyond what it is."""
+    """From the fifth step on no file may be larger."""
+
+    def __init__(self, size: int = 60_000) -> None:
+        self.size = size
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 5:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
 
 
 def read_on(fail: bool = False) -> None:
@@ -129,6 +133,8 @@ ENDS = {
     "on_exception": (lambda: fit(FailsTwice()), ()),
     "full disk, TensorBoard": (lambda: fit(FillsTheDisk(), logger=TensorBoardLogger(".")), ()),
     "full disk, checkpoint": (lambda: fit(FillsTheDisk()), ()),
+    "full disk, log": (lambda: fit(FillsTheDisk(20_000), logger=AppendingCSVLogger(".", "log", ""), enable_checkpointing=False), ()),
+    "full disk, pictures": (lambda: fit(FillsTheDisk(20_000), AttentionMaps(1), enable_checkpointing=False, max_epochs=3), ()),
     "SIGTERM to a script": (wait_with_workers, (signal.SIGTERM,)),
     "SIGKILL to a script": (wait_with_workers, (signal.SIGKILL,)),
     "SIGTERM": (lambda: fit(Ready()), (signal.SIGTERM,)),

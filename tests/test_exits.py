@@ -14,7 +14,7 @@ from exit_paths import ENDS
 
 CODES = {
     "script end": 0, "script exception": 1, "callback exception": 1, "on_exception": 1, "full disk, TensorBoard": 1,
-    "full disk, checkpoint": 1, "SIGTERM to a script": -15, "SIGKILL to a script": -9, "SIGTERM": 143, "SIGINT": 130,
+    "full disk, checkpoint": 1, "full disk, log": 1, "SIGTERM to a script": -15, "SIGKILL to a script": -9, "SIGTERM": 143, "SIGINT": 130,
     "SIGINT twice": 1, "SIGTERM in validation": 143, "SIGKILL": -9,
 }  # fmt: skip
 
@@ -57,6 +57,9 @@ def test_a_signal_saves_and_the_second_ctrl_c_does_not_wait(ends):
 def test_a_full_disk_is_named_with_the_room_it_needs(ends):
     said = ends[1]["full disk, checkpoint"]["said"]
     assert "DiskFullError: no room for the checkpoint" in said and "it needs about 1 MiB" in said and "MiB left" in said
+    assert "DiskFullError: no room for the log" in ends[1]["full disk, log"]["said"]
+    said = ends[1]["full disk, pictures"]["said"]  # the run goes on
+    assert "no picture" in said and "File too large" in said and not list((ends[0] / "full disk, pictures").rglob("pictures/*0000018.png"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.loggers import CSVLogger
 from two_ranks import train
 
+from dino_lightning.training.loggers import AppendingCSVLogger
+
 
 def every_step(folder):
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -76,6 +78,14 @@ def test_the_log_goes_on_from_a_checkpoint_of_a_validation(tmp_path):
         steps, losses = resumed_log(tmp_path, tmp_path / str(step), tmp_path / f"step={step}.ckpt", val_check_interval=2)
         assert steps == list(range(step, 8))
         assert losses == pytest.approx(whole["losses"][step:])
+
+
+def test_what_was_half_written_to_a_log_is_dropped(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,0.5\n1,0.25\n12,0.12,0.125\n1")
+    logger = AppendingCSVLogger(tmp_path, "", "", first_step=20)
+    logger.log_metrics({"train/loss": 0.0}, 20)
+    logger.save()
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,train/loss", "0,0.5", "1,0.25", "20,0.0"]
 
 
 class StopAt(Callback):

@@ -1,5 +1,6 @@
 """Pictures of what the teacher looks at and tells apart, of the same images throughout a run."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import NoSpatialMapError, spatial_features, spatial_maps
 from dino_lightning.pictures import attention_sheet, pca_sheet
+
+log = logging.getLogger(__name__)
 
 
 class AttentionMaps(Callback):
@@ -78,9 +81,13 @@ class AttentionMaps(Callback):
             "attention": attention_sheet(self._images, maps, mass_mask(maps, self.mass), names, [""] * len(maps), title),
             "pca": pca_sheet(self._images, features.cpu(), f"step {step}"),
         }
-        folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            picture.save(folder / f"{name}_{step:07d}.png")
+            file = folder / f"{name}_{step:07d}.png"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                picture.save(file)
+            except OSError as error:  # no reason to end a run
+                log.warning("no picture %s: %s", file, error.strerror or error)
             log_picture(trainer, f"pictures/{name}", picture)
 
 

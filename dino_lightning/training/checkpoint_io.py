@@ -43,7 +43,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class DiskFullError(OSError):
-    """There was no room for a checkpoint; the earlier one of its name is whole."""
+    """There was no room for a checkpoint, of which the earlier one of its name is whole, or for the log."""
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, a quota or the size that a file may have is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
@@ -55,7 +60,7 @@ def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
 def _is_full(error: Exception, checkpoint: Any, folder: Path) -> bool:
     """torch's writer loses the number of the error: then the room tells."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return is_full(error)
     return "inline_container" in str(error) or shutil.disk_usage(folder).free < _size(checkpoint)
 
 

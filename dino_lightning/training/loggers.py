@@ -13,9 +13,13 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from dino_lightning.training.checkpoint_io import DiskFullError, is_full
+
 
 class AppendingCSVLogger(LightningCSVLogger):
     """Lightning's, which goes on with the ``metrics.csv`` of a run folder, where Lightning's deletes it.
+
+    A line that a full disk or a killed process left half written is dropped then.
 
     Args:
         save_dir: as Lightning's.
@@ -44,7 +48,7 @@ class AppendingCSVLogger(LightningCSVLogger):
             if kept.exists():
                 with open(kept, newline="") as lines:
                     reader = csv.DictReader(lines)
-                    rows = [row for row in reader if int(row["step"]) < self.first_step]
+                    rows = [row for row in reader if _is_whole(row) and int(row["step"]) < self.first_step]
                 writer.metrics_keys = list(reader.fieldnames or [])
                 with open(file, "w", newline="") as lines:
                     earlier = csv.DictWriter(lines, writer.metrics_keys)
@@ -52,6 +56,26 @@ class AppendingCSVLogger(LightningCSVLogger):
                     earlier.writerows(rows)
                 kept.unlink()
         return super().experiment
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what was logged since the last time.
+
+        Raises:
+            DiskFullError: if there is no room for it.
+        """
+        try:
+            super().save()
+        except OSError as error:
+            if not is_full(error):
+                raise
+            file = Path(self.log_dir) / "metrics.csv"
+            raise DiskFullError(f"no room for the log {file}: make room on its disk and go on with --ckpt_path last") from error
+
+
+def _is_whole(row: Mapping[str | None, Any]) -> bool:
+    """Whether a line has all its cells, of which the reader makes None, or names None what is too much."""
+    return None not in row and None not in row.values() and row["step"].isdecimal()
 
 
 class LoggerError(ValueError):
