@@ -105,9 +105,7 @@ class DINOCLI(LightningCLI):
         path = options.get("ckpt_path")
         is_last = path == "last"  # one that is named begins another branch
         if is_last:
-            path = continuation.find_last(
-                [folder for folder in (options.trainer.default_root_dir or ".", options.checkpoint.dirpath) if folder]
-            )
+            path = continuation.find_last(options.trainer.default_root_dir, options.checkpoint.dirpath)
             rank_zero_info("--ckpt_path last: going on from %s", path)
         if path and Path(path).is_file():
             saved = read_checkpoint(path)
@@ -220,8 +218,7 @@ def _method_of(args: Sequence[str]) -> str:
     if said.get("method") or not path:
         return said.get("method") or "dino"
     if path == "last":
-        folders = [said.get("trainer.default_root_dir") or ".", said.get("checkpoint.dirpath")]
-        path = continuation.find_last([folder for folder in folders if folder])
+        path = continuation.find_last(said.get("trainer.default_root_dir"), said.get("checkpoint.dirpath"))
     return read_checkpoint(path).get("method", "dino") if Path(path).is_file() else "dino"
 
 
@@ -287,7 +284,7 @@ def _show_log() -> None:
 
 def _lightning(args: Sequence[str]) -> DINOCLI:
     try:
-        return DINOCLI(args)
+        return DINOCLI(continuation.restartable(args))
     except argparse.ArgumentError as error:
         raise UsageError(brief(str(error), args[0])) from error
 

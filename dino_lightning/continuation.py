@@ -7,21 +7,24 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.callbacks.run_config import RunConfig
+from dino_lightning.door.commands import said
 
 _CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Lightning starts go on with what rank 0 found
 _LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
 
 
-def find_last(folders: Sequence[str | os.PathLike[str]]) -> str:
-    """The newest ``last.ckpt`` anywhere below the folders.
+def find_last(root: str | None, checkpoints: str | None) -> str:
+    """The newest ``last.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead.
 
     Raises:
         FileNotFoundError: if there is none.
     """
     if _was_told():
         return os.environ[_CHOSEN]
+    folders = [root or ".", *([checkpoints] if checkpoints else [])]
     # A link may lead nowhere.
     found = [path for folder in folders for path in Path(folder).glob("**/last*.ckpt") if path.exists()]
     if not found:
@@ -30,6 +33,22 @@ def find_last(folders: Sequence[str | os.PathLike[str]]) -> str:
             "set trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
     return str(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def restartable(args: Sequence[str]) -> list[str]:
+    """Arguments of fit, without ``--ckpt_path last`` as long as there is nothing to go on with and torchrun may start them again.
+
+    (``torchrun --max-restarts``: what it starts behind a failure is the same command.)
+    """
+    given = said(args)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or given.get("ckpt_path") != "last":
+        return list(args)
+    try:
+        find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
+    except FileNotFoundError:
+        rank_zero_info("--ckpt_path last: nothing to go on with yet; the run begins")
+        return [*args, "--ckpt_path", "null"]
+    return list(args)
 
 
 def agree(path: str, trainer: Trainer) -> str:

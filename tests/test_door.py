@@ -214,27 +214,34 @@ def test_errors_of_ours_keep_their_traceback():
     assert [errors.of_the_user(error) for error in ours + users] == [False] * 4 + [True] * 4
 
 
-@pytest.mark.parametrize("words", [
+WORDS = {
     "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory. "
-    "Please try to raise your shared memory limit.",
-    "unable to allocate shared memory(shm) for file </torch_7_1>: Resource temporarily unavailable (11)",
-])  # fmt: skip
-def test_a_lack_of_shared_memory_is_told_with_its_remedy(words, capsys):
-    """What torch says of it, as it is, and as the cause of what the loader says."""
-    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
-    error.__cause__ = RuntimeError(words)
-    for told in (error, error.__cause__):
+    "Please try to raise your shared memory limit.": "--ipc=host or --shm-size=8g, or take fewer --data.num_workers",
+    "unable to allocate shared memory(shm) for file </torch_7_1>: Resource temporarily unavailable (11)": "--ipc=host",
+    "DataLoader worker (pid 7) is killed by signal: Killed.": "take fewer --data.num_workers, and go on with --ckpt_path last",
+    "DataLoader worker (pid(s) 7) exited unexpectedly": "for want of memory",
+    "CUDA out of memory. Tried to allocate 20.00 MiB.": "a smaller --data.batch_size",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_errors_of_torch_are_told_with_their_remedy(words, capsys):
+    """What torch says, as it is, and as the cause of what the loader says."""
+    outer = RuntimeError("DataLoader worker (pid(s) 8) exited unexpectedly")
+    outer.__cause__ = RuntimeError(words)
+    for told in (outer, outer.__cause__):
         assert errors.of_the_user(told)
         errors.tell(told)
-        assert "--ipc=host or --shm-size=8g, or take fewer --data.num_workers" in capsys.readouterr().err
+        assert WORDS[words] in capsys.readouterr().err
+    peer = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:31448: Connection reset by peer.")
+    assert "another rank of this run has ended" in errors.remedy(peer)
+    assert not errors.of_the_user(RuntimeError("of ours"))
 
 
-def test_a_lack_of_memory_is_told_with_what_needs_less(capsys):
+def test_a_lack_of_memory_is_told_with_what_needs_less():
     with pytest.raises(RuntimeError) as told:
         torch.empty(2**50)
-    assert errors.of_the_user(told.value) and errors.of_the_user(MemoryError())
-    errors.tell(told.value)
-    assert "a smaller --data.batch_size" in capsys.readouterr().err
+    assert errors.remedy(told.value) == errors.remedy(MemoryError()) != ""
 
 
 def test_a_finished_extraction_answers_without_torch(small_checkpoint, tmp_path, monkeypatch, capsys):

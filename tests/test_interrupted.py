@@ -107,6 +107,20 @@ def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
     assert_same_end("stopped", "whole")
 
 
+@pytest.mark.slow
+def test_a_killed_rank_or_worker_ends_the_run_in_seconds(folder):
+    """With what to do in the last line."""
+    two = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp"]
+    for name, options, words in (("rank", two, "another rank of this run has ended"), ("worker", [], "a worker process of the loader is gone")):
+        process = start(name, *options, "--trainer.max_epochs", "2000")
+        wait_for_checkpoint(name, process)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        # Lightning starts its rank by the name of the module's file; a worker is a fork.
+        is_rank = {int(pid): "__main__" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+        os.kill(next(pid for pid in is_rank if is_rank[pid] == (name == "rank")), signal.SIGKILL)
+        assert words in finish(process, code=1, seconds=30)
+
+
 def test_checkpoints_are_written_beside_and_moved_into_place(tmp_path, monkeypatch):
     io, path = AtomicCheckpointIO(), tmp_path / "new" / "last.ckpt"
     io.save_checkpoint({"step": 1}, path)

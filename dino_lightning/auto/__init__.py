@@ -119,8 +119,7 @@ def _with(rest: Sequence[str], config: str) -> list[str]:
 def _going_on(rest: Sequence[str], given: Mapping[str, Any]) -> tuple[list[str], str]:
     path = given["ckpt_path"]
     if path == "last":
-        folders = [given.get("trainer.default_root_dir") or ".", given.get("checkpoint.dirpath")]
-        path = continuation.find_last([folder for folder in folders if folder])
+        path = continuation.find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
     config = continuation.run_of(path, read_checkpoint(path)) / "config.yaml"
     if not config.exists():
         raise UsageError(

@@ -143,7 +143,7 @@ def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: boo
     else:
         options = {"stem_stride": max(1, side // 32)}
         if not facts.gpu:
-            options = {"widths": [24, 48, 96, 192], "stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
+            options = {"stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
         name = choices.make("model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why)
     choices.make("model.img_size", side, "that of the global crops")

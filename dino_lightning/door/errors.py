@@ -5,18 +5,24 @@ import sys
 _LINES = 3
 _BY_NAME = {"MisconfigurationException", "NonFiniteLossError", "UnreadableImagesError", "UnreadableImage"}  # whose classes need torch
 
-# What torch says where the batches that workers prepare do not fit in /dev/shm.
-_SHARED_MEMORY = ("out of shared memory", "killed by signal: Bus error", "unable to allocate shared memory", "unable to open shared memory")
-_MORE = (
-    "prefetched batches lie in shared memory (/dev/shm), of which a container has 64 MB: start it with --ipc=host or --shm-size=8g, or take "
-    "fewer --data.num_workers or a smaller --data.batch_size"
-)
-# And where a device or the machine has no room for a tensor.
-_MEMORY = ("can't allocate memory", "out of memory")
-_LESS = (
-    "dino-lightning estimate, with the options of the run, says what needs how much: a smaller --data.batch_size (with "
-    "--trainer.accumulate_grad_batches for steps of as many images), fewer local crops or --trainer.precision bf16-mixed need less"
-)
+# Words of torch (of its loader, its process groups) in lower case, and what to do where these are the reason; the first that are said count.
+_REMEDIES = {
+    ("out of shared memory", "killed by signal: bus error", "unable to allocate shared memory", "unable to open shared memory"): (
+        "prefetched batches lie in shared memory (/dev/shm), of which a container has 64 MB: start it with --ipc=host or --shm-size=8g, or "
+        "take fewer --data.num_workers or a smaller --data.batch_size"
+    ),
+    ("can't allocate memory", "out of memory"): (
+        "dino-lightning estimate, with the options of the run, says what needs how much: a smaller --data.batch_size (with "
+        "--trainer.accumulate_grad_batches for steps of as many images), fewer local crops or --trainer.precision bf16-mixed need less"
+    ),
+    ("killed by signal", "exited unexpectedly"): (
+        "a worker process of the loader is gone; if nobody ended it, the system did, for want of memory (dmesg says so): take fewer "
+        "--data.num_workers, and go on with --ckpt_path last"
+    ),
+    ("connection closed by peer", "connection reset by peer", "remote process exited"): (
+        "another rank of this run has ended, of which its own log, or dmesg on its machine, says why; go on with --ckpt_path last"
+    ),
+}
 
 
 class UsageError(ValueError):
@@ -27,7 +33,7 @@ def of_the_user(error: Exception) -> bool:
     """Whether the message says what to do, so that a traceback would only hide it."""
     if isinstance(error, ModuleNotFoundError):
         return not (error.name or "").startswith("dino_lightning")  # an optional extra
-    if _lacks_shared_memory(error) or _lacks_memory(error):
+    if remedy(error):
         return True
     return isinstance(error, ValueError | TypeError | OSError) or any(kind.__name__ in _BY_NAME for kind in type(error).__mro__)
 
@@ -35,18 +41,14 @@ def of_the_user(error: Exception) -> bool:
 def tell(error: Exception, hint: str = "") -> None:
     """Prints the error on stderr, with the hint in a line of its own."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    hints = [_MORE if _lacks_shared_memory(error) else _LESS if _lacks_memory(error) else "", hint]
+    hints = [remedy(error), hint]
     print("\n".join([f"dino-lightning: error: {lines[0]}", *lines[1 : _LINES - 1], *filter(None, hints)]), file=sys.stderr)
 
 
-def _lacks_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in _MEMORY))
-
-
-def _lacks_shared_memory(error: BaseException | None) -> bool:
-    """Also as the cause of another error: a worker's death is told by the loader."""
+def remedy(error: BaseException | None) -> str:
+    """What to do about an error of torch whose words do not say it, also where it is the cause of another one; "" without."""
+    said = ""
     while error is not None:
-        if isinstance(error, RuntimeError) and any(words in str(error) for words in _SHARED_MEMORY):
-            return True
+        said += "out of memory" if isinstance(error, MemoryError) else str(error).lower() if isinstance(error, RuntimeError) else ""
         error = error.__cause__
-    return False
+    return next((found for words, found in _REMEDIES.items() if any(word in said for word in words)), "")
