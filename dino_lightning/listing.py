@@ -10,6 +10,11 @@ IMAGE_EXTENSIONS = frozenset(
 )  # lower case; file names are matched in any case
 
 
+def is_address(root: str | os.PathLike[str]) -> bool:
+    """Whether images lie on another machine (``s3://bucket/images``); ``local:FOLDER`` is treated as if they did."""
+    return "://" in str(root) or str(root).startswith("local:")
+
+
 def list_named(names: Sequence[str | os.PathLike[str]], without: Collection[str] = ()) -> list[str]:
     """The absolute paths of the named image files and of all images below the named folders, in this order, each once.
 

@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from dino_lightning import BYOLModule, MAEModule, MoCoV3Module, MultiCropDataModule, SimCLRModule, VisionTransformer
 from dino_lightning.backbones.pixel_decoder import PixelDecoder

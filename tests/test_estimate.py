@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_lightning import DINOHead, DINOLoss, VisionTransformer
+from dino_lightning.backbones import build
 from dino_lightning.backbones.block import drop_path_subset
 from dino_lightning.cli import main
-from dino_lightning.backbones import build
 from dino_lightning.evaluation.estimate import Head, ViT, optimizer_bytes, ring_bytes
 from dino_lightning.evaluation.gpus import DEVICES, device_called
 from dino_lightning.evaluation.kept import kept_bytes

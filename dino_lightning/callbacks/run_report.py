@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.data.datamodule import MultiCropDataModule
+from dino_lightning.data.roots import split_name
 from dino_lightning.training.plan import count_images, count_steps
 
 _SKIPPED = 2  # first steps, in which everything is slower
@@ -115,7 +116,7 @@ def _images(trainer: Trainer) -> str:
     if not isinstance(data, MultiCropDataModule):
         return count
     classes = f" in {len(data.classes)} classes ({_some(data.classes)})" if data.classes else ", no classes"
-    queries = ", ".join(folder.name for folder in data.query_folders)
+    queries = ", ".join(map(split_name, data.query_folders))
     monitored = f"; {queries} asked for the k-NN accuracy" if queries and data.classes else ""
     return f"{count}{classes}{f' in {data.root}' if data.root else ''}{monitored}"
 

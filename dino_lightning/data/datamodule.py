@@ -15,14 +15,15 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dino_lightning.data import ImageFolder, find_splits
 from dino_lightning.data.multicrop import MultiCrop
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
+from dino_lightning.data.roots import Root, find_splits, open_images, split_name
 from dino_lightning.data.sampler import training_sampler
 from dino_lightning.data.streams import SideStream
 from dino_lightning.data.unreadable import UnreadableLedger
 from dino_lightning.data.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
 from dino_lightning.data.workers import follow_the_parent
+from dino_lightning.listing import is_address
 from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)
@@ -39,8 +40,9 @@ class MultiCropDataModule(LightningDataModule):
     makes that of what the loader yields.)
 
     Args:
-        root: folder of images, flat or nested, with or without class folders. If it has train/ and val/, validation/ or test/,
-            the first is trained on, and the first labelled one of the others holds the queries of the monitors.
+        root: folder of images, flat or nested, with or without class folders; or of shards (``dino-lightning shard``), or the address of
+            such a folder. If it has train/ and val/, validation/ or test/, the first is trained on, and the first labelled one of the
+            others holds the queries of the monitors.
         dataset: instead of root, a map-style Dataset that yields an image or (image, label, ...); an image is a PIL image, a
             tensor (C, H, W) or an array (H, W, C).
         batch_size: images per device in a batch.
@@ -106,7 +108,7 @@ class MultiCropDataModule(LightningDataModule):
             raise ValueError(f"give either root or dataset, got root={root!r} and dataset={dataset!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.root = None if root is None else Path(root).expanduser()
+        self.root: Root | None = root if root is None or is_address(root) else Path(root).expanduser()
         self.dataset = dataset
         self.batch_size = batch_size
         self.num_workers = _default_workers() if num_workers is None else num_workers
@@ -135,7 +137,7 @@ class MultiCropDataModule(LightningDataModule):
         self.max_bank = max_bank
         self.scaled_decoding = scaled_decoding
         self._train_source: Dataset | None = None
-        self._query_folders: list[Path] = []
+        self._query_folders: list[Root] = []
         self._unreadable = UnreadableLedger(max_unreadable)
         self._side = SideStream()
         self.batch_came: float | None = None
@@ -149,7 +151,7 @@ class MultiCropDataModule(LightningDataModule):
                 self._train_source = self.dataset
             else:
                 train, self._query_folders = find_splits(self.root)
-                self._train_source = ImageFolder(train, self.in_chans)
+                self._train_source = open_images(train, self.in_chans)
         # Without labelled splits there is nothing to validate, and that is fine.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         if stage == "fit":
@@ -178,11 +180,11 @@ class MultiCropDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader]:
         """[bank, query] of labelled images, the queries from test/ if there is one."""
-        return self._labelled_loaders(sorted(self._query_folders, key=lambda folder: folder.name != "test"))
+        return self._labelled_loaders(sorted(self._query_folders, key=lambda folder: split_name(folder) != "test"))
 
     def predict_dataloader(self) -> DataLoader:
         """All images below the root, or of the dataset, with their paths."""
-        source = self.dataset if self.root is None else ImageFolder(self.root, self.in_chans)
+        source = self.dataset if self.root is None else open_images(self.root, self.in_chans)
         views = PredictionViews(source, self.multicrop.global_crops_size, self.in_chans)
         return self._loader(views, collate_fn=views.collate)
 
@@ -240,7 +242,7 @@ class MultiCropDataModule(LightningDataModule):
         return getattr(self._train_source, "classes", None)
 
     @property
-    def query_folders(self) -> list[Path]:
+    def query_folders(self) -> list[Root]:
         """Folders of labelled queries, the first of which validation takes; known after ``setup``."""
         return list(self._query_folders)
 
@@ -248,11 +250,11 @@ class MultiCropDataModule(LightningDataModule):
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
-    def _labelled_loaders(self, query_folders: Sequence[Path]) -> list[DataLoader]:
+    def _labelled_loaders(self, query_folders: Sequence[Root]) -> list[DataLoader]:
         bank = self._train_source
         for folder in query_folders if self.classes else []:
             try:
-                queries = ImageFolder(folder, self.in_chans, classes=self.classes)
+                queries = open_images(folder, self.in_chans, self.classes)
             except (ValueError, FileNotFoundError) as error:
                 log.warning("%s is not monitored: %s", folder, error)
                 continue

@@ -81,16 +81,23 @@ def read_image(
     (a ValueError) for an intact image of another number of channels.
     """
     name = os.fspath(path)
-    # PIL gets the bytes rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles one
-    # that its orientation tag turns by a quarter (seen in Pillow 13.0). One read is also faster than its many.
-    with _errors_naming(name), watched(name):
-        if not stat.S_ISREG(os.stat(name).st_mode):
-            raise OSError("a pipe, a device or a folder, from which nothing may ever come")
-        with open(name, "rb") as file:
-            data = file.read()
+    with watched(name):
+        with _errors_naming(name):
+            if not stat.S_ISREG(os.stat(name).st_mode):
+                raise OSError("a pipe, a device or a folder, from which nothing may ever come")
+            with open(name, "rb") as file:
+                data = file.read()
+        return decode_image(data, name, in_chans, reduction)
+
+
+def decode_image(data: bytes, name: str, in_chans: int = 3, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
+    """``read_image`` of what a file of this name holds."""
+    with _errors_naming(name):
         if name.lower().endswith(".npy"):
             # Unlike np.load this never takes a zip archive or a pickle for an array.
             return _from_array(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False), in_chans, channel_axes=(-1, 0))
+        # PIL gets the bytes rather than the name, by which it maps an uncompressed TIFF to memory, and then scrambles one
+        # that its orientation tag turns by a quarter (seen in Pillow 13.0). One read is also faster than its many.
         with Image.open(io.BytesIO(data)) as image:
             pixels = None
             if image.format == "JPEG":

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -47,21 +46,6 @@ class ImageFolder(Dataset):
         """The absolute path of image ``index``."""
         index = range(len(self))[index]  # negative indices count from the end, and one too large is an IndexError
         return os.path.join(self.root, os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]]))
-
-
-def find_splits(root: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
-    """The training folder and the folders with queries below ``root``: those of val, validation and test that exist.
-
-    Without queries, ``root/train`` is the training folder only if it is alone: beside other folders it is one of them,
-    and ``root`` itself is the training folder.
-    """
-    root = Path(root)
-    queries = [root / name for name in ("val", "validation", "test") if (root / name).is_dir()]
-    train = root / "train"
-    if not train.is_dir():
-        return root, []
-    others = [entry for entry in root.iterdir() if entry != train and entry.is_dir() and not entry.name.startswith(".")]
-    return (train, queries) if queries or not others else (root, [])
 
 
 def _first_folder(name: str) -> str | None:

@@ -10,6 +10,7 @@ from dino_lightning.door import faces
 from dino_lightning.door.arguments import options, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
+from dino_lightning.listing import is_address
 from dino_lightning.methods import METHODS
 
 
@@ -99,7 +100,7 @@ def _check_images(command: str, given: dict[str, Any]) -> None:
     root = sources.get("data.root")
     if not isinstance(root, str | None):
         raise UsageError(f"data.root takes a folder, got {root}")
-    if root is not None and not Path(root).expanduser().exists():
+    if root is not None and not is_address(root) and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
     needs = command != faces.LIKE_FIT
     if needs and root is None and not any(name.startswith("data.dataset") and value is not None for name, value in sources.items()):

@@ -10,12 +10,11 @@ from torch import nn
 from dino_lightning import recipes
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
-from dino_lightning.data.image_folder import find_splits
+from dino_lightning.data.roots import find_splits, open_images
 from dino_lightning.door.errors import UsageError
 from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
 from dino_lightning.evaluation.gpus import dtype_of
 from dino_lightning.evaluation.kept import kept_bytes
-from dino_lightning.listing import list_images
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
 from dino_lightning.tools.fit_options import built, device_count, parsed
@@ -185,7 +184,7 @@ def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: 
     if trainer["max_steps"] and trainer["max_steps"] > 0:
         return trainer["max_steps"] * per_step
     if images is None and data["root"] is not None:
-        images = len(list_images(find_splits(data["root"])[0]))
+        images = len(open_images(find_splits(data["root"])[0]))
     if images is None and data["dataset"] is not None:
         images = len(built(data["dataset"]))
     epochs = trainer["max_epochs"] or _EPOCHS

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dino_lightning.data import ImageFolder
+from dino_lightning.data import ImageFolder, Shards, open_images
 
 
-def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[ImageFolder, ImageFolder]:
+def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[ImageFolder | Shards, ImageFolder | Shards]:
     """``root/train`` and the folder of queries, ``root/QUERIES`` or the first of val, validation and test that there is.
 
     Raises:
@@ -16,7 +16,7 @@ def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[Ima
     folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"there is no folder of queries in {root}; looked for {', '.join(names)}")
-    train = ImageFolder(Path(root) / "train", in_chans)
+    train = open_images(Path(root) / "train", in_chans)
     if train.classes is None:
         raise ValueError(f"{train.root} has no class folders, whose names are the labels; make one for each class")
-    return train, ImageFolder(folder, in_chans, classes=train.classes)
+    return train, open_images(folder, in_chans, train.classes)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dino_lightning.classifiers.classification import Standing
 from dino_lightning.classifiers.probe import RATES, LinearProbe
-from dino_lightning.data import ImageFolder
+from dino_lightning.data import ImageFolder, Shards
 from dino_lightning.data.labelled import CachedFeatures, LabelledDataModule
 from dino_lightning.evaluation.features import extract_features
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
@@ -102,7 +102,7 @@ def linear(
 def _cache(
     title: str,
     backbone: nn.Module,
-    source: ImageFolder,
+    source: ImageFolder | Shards,
     tokens: dict[str, int | bool],
     batch_size: int,
     device: torch.device,

@@ -1,7 +1,7 @@
 """``dino-lightning shrink``: a folder of large images made smaller once, so that training does not wait for their decoding."""
 
+import io
 import os
-import shutil
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,16 +65,26 @@ def _copy(source: Path, target: Path, shorter: int, quality: int) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     try:
-        small = None if source.suffix.lower() == ".npy" else _smaller(source, shorter)
-        if small is None:
-            shutil.copyfile(source, partial)
-        else:
-            image, form, profile = small
-            options = {"quality": quality, "subsampling": "4:2:0"} if form == "JPEG" else {}
-            image.save(partial, form, icc_profile=profile, **options)
+        partial.write_bytes(shrunk(source, shorter, quality))
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def shrunk(path: Path, shorter: int, quality: int) -> bytes:
+    """What the file of an image of this shorter side holds, in its format, or the file itself where it stays as it is.
+
+    Raises:
+        Exception: of any kind, if it cannot be read.
+    """
+    small = None if path.suffix.lower() == ".npy" else _smaller(path, shorter)
+    if small is None:
+        return path.read_bytes()
+    image, form, profile = small
+    options = {"quality": quality, "subsampling": "4:2:0"} if form == "JPEG" else {}
+    buffer = io.BytesIO()
+    image.save(buffer, form, icc_profile=profile, **options)
+    return buffer.getvalue()
 
 
 def _smaller(path: Path, shorter: int) -> tuple[Image.Image, str, bytes | None] | None:
