@@ -1,6 +1,7 @@
 """What the tools need of a checkpoint: the module on the device, its training size, its weights' hash, its network untrained."""
 
 import hashlib
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -41,6 +42,9 @@ def load_module(checkpoint: str, network: Literal["teacher", "student"] = "teach
         module = method_class(saved.get("method", "dino")).load_from_checkpoint(checkpoint, map_location="cpu").eval()
     except RuntimeError as error:
         raise ValueError(f"the weights in {checkpoint} are of another network than its options describe: {error}") from error
+    except ArgumentError as error:  # a backbone whose class is not here, or is none
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the options in {checkpoint} do not build its network: {reason}; give what it was trained with") from error
     return _on_device(module)
 
 
