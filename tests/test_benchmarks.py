@@ -62,6 +62,12 @@ def test_broken_input_ends_in_words_of_ours(tmp_path):
 
 
 @pytest.mark.slow
+def test_many_images_as_files_and_as_shards(tmp_path):
+    found = run(tmp_path, "streams.py", "--images", 1000, "--listed", 2000)["results"]
+    assert found["listing"]["warm, s"] < 5 and min(round["images/s"] for rounds in found["rounds"].values() for round in rounds) > 0
+
+
+@pytest.mark.slow
 def test_time_and_memory_of_the_loss(tmp_path):
     results = run(tmp_path, "loss.py", "--batch", 2, "--views", 4)["results"]
     assert all(value > 0 for what in ("time", "extra memory") for value in results[what]["rounds"]["ours"])

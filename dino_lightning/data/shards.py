@@ -88,7 +88,7 @@ class Shards(Dataset):
             from litdata import StreamingDataset
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(_EXTRA, name="litdata") from error
-        stream = StreamingDataset(self.root, shuffle=False, **self._options)
+        stream = StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
         if is_address(self.root):
             stream[0]  # makes its cache
             stream.on_demand_bytes = False  # whole shards are fetched, not image by image
