@@ -87,7 +87,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on(folder):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
-    """Begun by torchrun, gone on with under SLURM, compared with a run that Lightning starts by itself."""
+    """Begun by torchrun, gone on with under SLURM; the same on two machines, and started again by torchrun behind a killed rank."""
     two = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp"]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533", "-m", "dino_lightning")
     stopped = start("stopped", *two, launcher=torchrun)
@@ -103,8 +103,23 @@ def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
     resumed = [start("stopped", *two, "--ckpt_path", "last", **slurm, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in "01"]
     for rank, process in enumerate(resumed):
         assert f"GLOBAL_RANK: {rank}, MEMBER: {rank + 1}/2" in finish(process)
-    finish(start("whole", *two))
-    assert_same_end("stopped", "whole")
+    # Two machines, each with an agent of its own; and a killed rank, behind which torchrun starts the same command again.
+    machines = [
+        start("whole", *two, "--trainer.num_nodes", "2", "--trainer.devices", "1", launcher=(*torchrun[:3], "--nnodes=2", f"--node_rank={rank}",
+              "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29534", "-m", "dino_lightning"))
+        for rank in range(2)
+    ]  # fmt: skip
+    for machine in machines:
+        finish(machine)
+    elastic = ("--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29535", "--nproc_per_node=2", "-m", "dino_lightning")
+    killed = start("killed", *two, "--ckpt_path", "last", launcher=(*torchrun[:3], *elastic))
+    wait_for_checkpoint("killed", killed)
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    said = finish(killed)
+    assert "nothing to go on with yet" in said and "another rank of this run has ended" in said and "going on from" in said
+    for folder in ("stopped", "killed"):
+        assert_same_end(folder, "whole")
 
 
 @pytest.mark.slow
