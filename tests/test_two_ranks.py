@@ -40,6 +40,7 @@ def one(folder):
 def two(folder, one):
     """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
     scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "saving", "synced", "sick"]
+    scenarios += ["sharded", "sharded, resumed", "dinov2", "dinov2, sharded"]
     done = run_on_two(folder, *scenarios)
     assert done.returncode == 0, done.stderr
     results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
@@ -76,10 +77,10 @@ print(agree(sys.argv[1], trainer))
         assert message in error if message else other.endswith("a/1.ckpt\n")
 
 
-@pytest.mark.parametrize("scenario", ["fit", "accumulate", "uneven", "resume"])
+@pytest.mark.parametrize("scenario", ["fit", "accumulate", "uneven", "resume", "sharded", "sharded, resumed"])
 def test_two_ranks_equal_one_process_of_the_whole_batch(one, two, scenario):
     expected, ranks = one.get(scenario, one["plain"]), two[0][scenario]
-    losses = expected["losses"][3:] if scenario == "resume" else expected["losses"]
+    losses = expected["losses"][3:] if "resume" in scenario else expected["losses"]
     # Lightning has divided the loss of a micro-batch by their number.
     mean_losses = torch.tensor([rank["losses"] for rank in ranks]).unflatten(1, (len(losses), -1)).sum(dim=2).mean(dim=0)
     torch.testing.assert_close(mean_losses, torch.tensor(losses), rtol=1e-5, atol=0)
@@ -89,6 +90,24 @@ def test_two_ranks_equal_one_process_of_the_whole_batch(one, two, scenario):
             # Of the tensor: AdamW makes a step of 1e-3 of a single weight's rounding where its gradient is small.
             assert (ranks[0]["state"][key] - value).norm() <= 1e-5 * value.norm(), key
     assert_same_metrics(expected, ranks, {"val/knn_top1", "val/knn_top5"})
+
+
+def test_a_checkpoint_of_shards_is_one_of_the_whole(folder, one, two):
+    """A single process goes on from it; what it holds are plain tensors in the order of the optimizer."""
+    path = folder / "sharded" / "step=3.ckpt"
+    sharded, plain = (torch.load(file, weights_only=True) for file in (path, folder / "step=3.ckpt"))
+    assert sharded.keys() == plain.keys() and sharded["state_dict"].keys() == plain["state_dict"].keys()
+    assert sharded["optimizer_states"][0]["state"].keys() == plain["optimizer_states"][0]["state"].keys()
+    again = train(folder, batch_size=4, devices=1, limit_train_batches=4, ckpt_path=path)
+    assert again["losses"] == pytest.approx(one["plain"]["losses"][3:], rel=1e-5)
+
+
+def test_dinov2_on_shards_equals_dinov2_on_whole_networks(two):
+    for whole, sharded in zip(two[0]["dinov2"], two[0]["dinov2, sharded"]):
+        assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        for key, value in whole["state"].items():
+            if not key.endswith("qkv.bias"):
+                assert (sharded["state"][key] - value).norm() <= 1e-5 * value.norm(), key
 
 
 def test_the_probe_on_two_ranks_equals_one_process(one, two):

@@ -7,12 +7,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
+from dino_lightning import DINOModule, DINOv2Module, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import CollapseDoctor, OnlineKNN, OnlineProbe, SaveEvery
 
 
@@ -92,7 +94,7 @@ class Losses(Callback):
 
 def train(
     folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False,
-    teacher_temp=0.04, **options
+    teacher_temp=0.04, method="dino", **options
 ) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
@@ -101,8 +103,11 @@ def train(
         local_crops_number=2,
     )  # fmt: skip
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate)
-    module = DINOModule(backbone=backbone or vit, img_size=32, out_dim=64, hidden_dim=32, warmup_epochs=1, lr=0.05,
-                        teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp)  # fmt: skip
+    arguments = {"img_size": 32, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 1, "lr": 0.05}
+    if method == "dinov2":
+        module = DINOv2Module(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, mask_token=True), **arguments)
+    else:
+        module = DINOModule(backbone or vit, teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp, **arguments)
     losses = Losses()
     trainer = Trainer(
         accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
@@ -111,8 +116,9 @@ def train(
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    state = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in module.state_dict().items()}
     probes = [callback.state_dict() for callback in callbacks if isinstance(callback, OnlineProbe)]
-    return {"state": module.state_dict(), "losses": losses.values, "metrics": metrics, "probes": probes}
+    return {"state": state, "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
 RESNET = {"backbone": "resnet50", "uneven": True, "precision": "64-true", "max_epochs": 1, "limit_val_batches": 0}
@@ -126,6 +132,10 @@ SCENARIOS = {
     "probe": {"callbacks": [OnlineProbe()]},
     "cnn": {"backbone": "resnet18"},
     "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 8},
+    "sharded": {"strategy": "sharded", "enable_checkpointing": True},
+    "sharded, resumed": {"strategy": "sharded", "ckpt_path": "step=3.ckpt", "batch_size": 1, "accumulate_grad_batches": 2, "limit_train_batches": 8},
+    "dinov2": {"method": "dinov2"},
+    "dinov2, sharded": {"method": "dinov2", "strategy": "sharded"},
     "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
     "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
     "nan": {"callbacks": [PoisonLastRank()]},
@@ -135,6 +145,8 @@ if __name__ == "__main__":
     folder, *scenarios = sys.argv[1:]
     for scenario in scenarios:
         options = {"batch_size": 2, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), **SCENARIOS[scenario]}
+        if scenario == "sharded":
+            options["callbacks"] = [ModelCheckpoint(Path(folder) / "sharded", "{step}", every_n_train_steps=1, save_top_k=-1)]
         if "ckpt_path" in options:
             options["ckpt_path"] = Path(folder) / options["ckpt_path"]
         result = train(Path(folder), **options)

@@ -15,6 +15,7 @@ from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import NoSpatialMapError, spatial_features, spatial_maps
 from dino_lightning.pictures import attention_sheet, pca_sheet
+from dino_lightning.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class AttentionMaps(Callback):
             return
         if not isinstance(data, MultiCropDataModule):
             rank_zero_info("no pictures of attention: the data do not come from a MultiCropDataModule")
+        elif is_sharded(trainer):  # a rank alone has no whole network
+            rank_zero_info("no pictures of attention from a sharded run; dino-lightning attention draws them of its checkpoints")
         elif trainer.is_global_zero and not _splits_patches(backbone, data.multicrop.global_crops_size):
             self._images = data.examples(self.count)
 

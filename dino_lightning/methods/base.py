@@ -14,6 +14,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dino_lightning.backbones import (
     VisionTransformer,
@@ -30,6 +31,7 @@ from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dino_lightning.training.checks import (
     check_options,
     check_saving,
+    check_sharded,
     check_trainer,
     check_views,
     finds_batch_size,
@@ -40,6 +42,7 @@ from dino_lightning.training.devices import settle
 from dino_lightning.training.guard import NonFiniteGuard
 from dino_lightning.training.optim import build_optimizer, clip_together_, gradient_norms, param_groups
 from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
+from dino_lightning.training.sharding import is_sharded, shard
 from dino_lightning.weights.networks import facts_of
 
 log = logging.getLogger(__name__)
@@ -298,11 +301,13 @@ class Method(LightningModule):
         """Adds none; but it is the first hook of a run, and what is refused here leaves nothing behind, not even a logger's folder."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer, self.options["clip_grad"])
+            check_sharded(self.trainer, self.options)
         return []
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
+            check_sharded(self.trainer, self.options)
             settle(self.trainer.strategy, (self.trained, self.evaluated))
             if self.options.get("compile"):
                 self.compile()
@@ -313,6 +318,11 @@ class Method(LightningModule):
                     resume.sweep_partial_checkpoints(self.trainer)
             # A teacher is meant to be in evaluation mode.
             warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+
+    def configure_model(self) -> None:
+        """Distributes the networks where the strategy does (``training.sharding``)."""
+        if is_sharded(self._trainer) and not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+            shard({self.trained, self.evaluated}, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
         self.trainer.accumulate_grad_batches = resume.accumulated_batches(self.trainer)
@@ -440,9 +450,9 @@ def plain(backbone: Any) -> Any:
 
 
 def _may_fuse(trainer: Trainer) -> bool:
-    """Whether the optimizer's step may be one kernel: not under a gradient scaler, which it would undo after the clipping."""
+    """Whether the optimizer's step may be one kernel: not under a gradient scaler, which it would undo after the clipping, or on shards."""
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-    return not scaled and trainer.strategy.root_device.type in ("cpu", "cuda")
+    return not scaled and not is_sharded(trainer) and trainer.strategy.root_device.type in ("cpu", "cuda")
 
 
 def _normalization(data: Any) -> dict[str, list[float]]:

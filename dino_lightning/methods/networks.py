@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lightning.backbones.features import eagerly
+from dino_lightning.training.sharding import local
 
 
 def split_views(batch: Any) -> list[Tensor]:
@@ -113,7 +114,7 @@ class Teacher(Network):
         """θ_t ← m·θ_t + (1 − m)·θ_s for all parameters; buffers stay the teacher's own."""
         parts = [(part, getattr(student, name)) for name, part in self.named_children()]
         own, others = (list(itertools.chain.from_iterable(part.parameters() for part in of)) for of in zip(*parts))
-        torch._foreach_lerp_(own, others, 1 - momentum)
+        torch._foreach_lerp_(local(own), local(others), 1 - momentum)
 
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_lightning.backbones import VisionTransformer, features_at
 from dino_lightning.backbones.vit import patch_grid
+from dino_lightning.training.sharding import ShardedStrategy, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +96,11 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
             "torch.compile(module) would compile the training step anew at every step, since its schedules read the global step; pass "
             "the module itself, built with compile=True (or call module.compile(), with options of torch.compile)"
         )
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    sharding = isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
+    if sharding and not isinstance(trainer.strategy, ShardedStrategy):
         raise ValueError(
-            f"{type(trainer.strategy).__name__} shards the weights, which the moving average of the teacher does not "
-            "support; use strategy='ddp'"
+            f"{type(trainer.strategy).__name__} shards the weights otherwise than the moving average of a teacher and checkpoints in one "
+            "file need; use strategy='sharded', which is FSDP2, or 'ddp'"
         )
     for callback in trainer.callbacks:
         reason = _refused(callback)
@@ -109,6 +111,20 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
             f"Trainer(gradient_clip_val={trainer.gradient_clip_val}) clips the norm of all gradients together, "
             f"clip_grad={clip_grad} as the method does (DINO: of each tensor; DINOv2: of each part); set one of them to 0"
         )
+
+
+def check_sharded(trainer: Trainer, options: Mapping[str, Any]) -> None:
+    """Raises ValueError for what does not work on shards."""
+    if not is_sharded(trainer):
+        return
+    wrong = {
+        "optimizer='lars', whose step is scaled by norms of whole tensors; use adamw or sgd": options.get("optimizer") == "lars",
+        "compile=true": bool(options.get("compile")),
+        "precision='16-mixed'; use bf16-mixed": trainer.precision == "16-mixed",
+    }
+    for what, is_asked in wrong.items():
+        if is_asked:
+            raise ValueError(f"strategy='sharded' does not go with {what}")
 
 
 def _refused(callback: Callback) -> str | None:

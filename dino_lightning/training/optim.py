@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dino_lightning.training.sharding import local, norms_of_all
+
 
 def param_groups(module: nn.Module, weight_decay: float | None = None) -> list[dict]:
     """Splits the trainable parameters of ``module`` into [decayed, undecayed], the first with this weight decay where it is given.
@@ -111,9 +113,10 @@ def build_optimizer(name: str, groups: list[dict], *, fused: bool) -> torch.opti
 
 @torch.no_grad()
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients that are there, and the L2 norm of each as a scalar tensor on its device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return gradients, list(torch._foreach_norm(gradients)) if gradients else []
+    """The gradients that are there (of sharded ones this rank's shards), and the L2 norm of each whole one as a scalar on its device."""
+    whole = [p.grad for p in parameters if p.grad is not None]
+    gradients = local(whole)
+    return gradients, norms_of_all(whole, torch._foreach_norm(gradients)) if gradients else []
 
 
 @torch.no_grad()
