@@ -53,6 +53,16 @@ def test_what_autograd_keeps_of_a_vit_and_its_operations(size, all_tokens, half)
     assert counter.get_total_flops() == pytest.approx(2 * vit.flops(tokens, all_tokens), rel=1e-6)
 
 
+def test_what_autograd_keeps_of_blocks_that_are_computed_anew():
+    """Their inputs, and while one is, what that one needs."""
+    network = VisionTransformer(**VITS["small, patch 8"], activation_checkpointing=True)
+    images, vit = torch.rand(2, 3, 112, 96), ViT.of(network)
+    tokens, whole = vit.tokens(112, 96), ViT.of(VisionTransformer(**VITS["small, patch 8"]))
+    one = whole._replace(depth=3).activations(tokens, 4) - whole.activations(tokens, 4)
+    assert kept_bytes(network, lambda: network(images)) + 2 * one == pytest.approx(2 * vit.activations(tokens, 4), rel=0.01)
+    assert vit._replace(depth=24).activations(tokens, 4) < 0.15 * whole._replace(depth=24).activations(tokens, 4)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_what_dinov2s_drop_path_saves(half):
     """It computes a branch for a subset of the samples only."""

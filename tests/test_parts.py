@@ -100,6 +100,27 @@ def test_vit_with_a_grid_that_is_not_square():
     assert vit(torch.zeros(2, 3, 32, 48)).shape == vit(torch.zeros(2, 3, 16, 24)).shape == (2, 24)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_blocks_computed_anew_have_the_same_gradients(uniform):
+    """To the bit, with the paths that were dropped."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "drop_path_rate": 0.5, "drop_path_uniform": uniform}
+    plain, anew = VisionTransformer(**options), VisionTransformer(**options, activation_checkpointing=True)
+    anew.load_state_dict(plain.state_dict())
+    images, gradients = torch.randn(6, 3, 32, 32), []
+    for network in (plain, anew):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            found = network.train()(images)
+        torch.rand(7)  # what is drawn between the passes is of no matter
+        (found**2).sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(map(torch.equal, *gradients))
+    with pytest.raises(ValueError, match="activation_checkpointing is for the VisionTransformer of this package, .* is a ResNet"):
+        DINOModule("resnet18", img_size=32, out_dim=8, activation_checkpointing=True)
+    module = DINOModule("vit_tiny", img_size=32, out_dim=8, activation_checkpointing=True)
+    assert module.student.backbone.activation_checkpointing
+
+
 def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
     vit = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5)
     x = torch.randn(1, 3, 16, 16).expand(4000, -1, -1, -1)

@@ -103,6 +103,7 @@ def test_a_checkpoint_of_shards_is_one_of_the_whole(folder, one, two):
 
 
 def test_dinov2_on_shards_equals_dinov2_on_whole_networks(two):
+    """And its blocks computed anew in the backward pass."""
     for whole, sharded in zip(two[0]["dinov2"], two[0]["dinov2, sharded"]):
         assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         for key, value in whole["state"].items():

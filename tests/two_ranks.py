@@ -94,7 +94,7 @@ class Losses(Callback):
 
 def train(
     folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False,
-    teacher_temp=0.04, method="dino", **options
+    teacher_temp=0.04, method="dino", recomputed=False, **options
 ) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
@@ -103,7 +103,7 @@ def train(
         local_crops_number=2,
     )  # fmt: skip
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate)
-    arguments = {"img_size": 32, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 1, "lr": 0.05}
+    arguments = {"img_size": 32, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 1, "lr": 0.05, "activation_checkpointing": recomputed}
     if method == "dinov2":
         module = DINOv2Module(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, mask_token=True), **arguments)
     else:
@@ -135,7 +135,7 @@ SCENARIOS = {
     "sharded": {"strategy": "sharded", "enable_checkpointing": True},
     "sharded, resumed": {"strategy": "sharded", "ckpt_path": "step=3.ckpt", "batch_size": 1, "accumulate_grad_batches": 2, "limit_train_batches": 8},
     "dinov2": {"method": "dinov2"},
-    "dinov2, sharded": {"method": "dinov2", "strategy": "sharded"},
+    "dinov2, sharded": {"method": "dinov2", "strategy": "sharded", "recomputed": True},
     "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
     "sick": {"callbacks": [CollapseDoctor(stop=True)], "teacher_temp": 2.0, "max_epochs": 30},
     "nan": {"callbacks": [PoisonLastRank()]},

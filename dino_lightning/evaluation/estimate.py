@@ -30,6 +30,7 @@ class ViT(NamedTuple):
     prefix: int
     patch_size: int
     in_chans: int
+    recomputed: bool
 
     @classmethod
     def of(cls, network: VisionTransformer) -> "ViT":
@@ -45,6 +46,7 @@ class ViT(NamedTuple):
             network.prefix_tokens,
             network.patch_size,
             network.patch_embed.proj.in_channels,
+            network.activation_checkpointing,
         )
 
     def tokens(self, height: int, width: int) -> int:
@@ -69,7 +71,8 @@ class ViT(NamedTuple):
         return round(embedding + kept * ((self.depth - 1) * block + last))
 
     def activations(self, tokens: int, width: int, all_tokens: bool = False, kept: float = 1.0, fused: bool = True) -> int:
-        """Bytes that autograd keeps of one crop from its forward pass, the crop itself included.
+        """Bytes that autograd keeps of one crop from its forward pass, the crop itself included; where blocks are recomputed, their
+        inputs, and besides what one of them needs while its backward pass runs.
 
         The stream between the branches, and what the layer norms read, is float32 whatever the autocast.
 
@@ -88,6 +91,8 @@ class ViT(NamedTuple):
         block, last = tokens * (norm + qkv + after), tokens * (norm + qkv) + asking * after - unasked
         image = width * self.in_chans * (tokens - self.prefix) * self.patch_size**2
         final_norm = asking * (_FULL * d + 8)
+        if self.recomputed:
+            return round(image + final_norm + self.depth * tokens * _FULL * d + kept * block)
         return round(image + final_norm + kept * ((self.depth - 1) * block + last))
 
 

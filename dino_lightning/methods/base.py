@@ -114,7 +114,8 @@ class Method(LightningModule):
         Parameters on which the features do not depend are frozen, but for those that the method has ``used`` otherwise.
 
         Raises:
-            ValueError: if the name is that of an object in a checkpoint, which it does not hold.
+            ValueError: if the name is that of an object in a checkpoint, which it does not hold; for activation checkpointing of a network
+                of others.
         """
         shape = {name: self.options[name] for name in ("patch_size", "img_size", "in_chans", "drop_path_rate")}
         if isinstance(backbone, str):
@@ -125,6 +126,13 @@ class Method(LightningModule):
                 )
             self.backbone_shape = {**shape, **more}
             backbone = build(backbone, **self.backbone_shape)
+        if self.options.get("activation_checkpointing"):
+            if not isinstance(backbone, VisionTransformer):
+                raise ValueError(
+                    f"activation_checkpointing is for the VisionTransformer of this package, and the backbone is a {type(backbone).__name__}; "
+                    "leave it out, and switch it on in that network if it has it (timm: set_grad_checkpointing())"
+                )
+            backbone.activation_checkpointing = True
         example = example_images(backbone, shape["img_size"], shape["in_chans"])
         freeze_unused(backbone, example, used)
         warn_of_classifier(backbone, example)

@@ -77,6 +77,8 @@ class DINOModule(Method):
             another norm (of all gradients together), and both at once are an error.
         freeze_last_layer: epochs at the start in which the prototypes stay as they are.
         compile: compile the backbones (torch.compile), which takes minutes at the start and makes the steps faster on a GPU.
+        activation_checkpointing: of a ``VisionTransformer``, keep of each block its input alone and compute the rest anew in the backward
+            pass: a fraction of the memory, a third more operations, the same numbers.
         weights: start from the trained backbone of this source instead of from noise, in student and teacher: a file, a
             folder or a published name, as ``load_backbone`` takes them. Its shape must be that of ``backbone``; positions are
             interpolated to ``img_size``. Checkpoints do not need the source any more.
@@ -114,6 +116,7 @@ class DINOModule(Method):
         clip_grad: float = 3.0,
         freeze_last_layer: int = 1,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         weights: str | None = None,
         weights_with_head: bool = False,
     ) -> None:

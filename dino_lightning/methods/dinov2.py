@@ -105,6 +105,8 @@ class DINOv2Module(Method):
         freeze_backbone_epochs: epochs at the start in which the backbone stays as it is and the heads learn: for a run that starts
             from ``weights``, whose features untrained heads would ruin.
         compile: compile the backbones (torch.compile), which takes minutes at the start and makes the steps faster on a GPU.
+        activation_checkpointing: of a ``VisionTransformer``, keep of each block its input alone and compute the rest anew in the backward
+            pass: a fraction of the memory, a third more operations, the same numbers.
         weights: start from the trained backbone of this source, in student and teacher, as ``DINOModule`` does; heads are new, since
             none were published.
     """
@@ -155,6 +157,7 @@ class DINOv2Module(Method):
         freeze_last_layer: int = 1,
         freeze_backbone_epochs: int = 0,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         weights: str | None = None,
     ) -> None:
         given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only

@@ -65,7 +65,7 @@ _NOT_NEGATIVE = (
 _POSITIVE = ("teacher_temp", "warmup_teacher_temp", "student_temp", "layerwise_decay", "temperature")
 _SHARES = ("momentum_teacher", "center_momentum", "mask_probability", "masking_ratio")
 _SWITCHES = (
-    "use_bn_in_head", "compile", "norm_last_layer", "ibot_separate_head", "freeze_patch_embed", "normalize_pixels",
+    "use_bn_in_head", "compile", "activation_checkpointing", "norm_last_layer", "ibot_separate_head", "freeze_patch_embed", "normalize_pixels",
 )  # fmt: skip
 _WORDS = {"optimizer": ("adamw", "sgd", "lars"), "centering": ("centering", "sinkhorn_knopp"), "ffn": ("mlp", "swiglu")}
 _WANTED = (  # NaN fits none of the ranges
