@@ -162,6 +162,17 @@ def test_what_autograd_keeps_of_a_step(half):
     assert kept_bytes(module.student, call) == pytest.approx(expected, rel=0.02)
 
 
+def test_shards_divide_what_is_kept_and_multiply_what_is_sent():
+    options = ["--model.backbone", "vit_tiny", "--model.out_dim", "512", *VIEWS, "--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"]
+    whole, shards = (run_of([*options, "--trainer.strategy", name], devices=4).step for name in ("ddp", "sharded"))
+    for name in ("parameters", "teacher", "gradients", "optimizer"):
+        assert getattr(shards.memory(), name) == getattr(whole.memory(), name) // 4
+    assert shards.memory().activations == whole.memory().activations
+    # Of two micro-batches: the student forward and backward for two sizes of crops, its gradients, the teacher; the centre as before.
+    passes = 2 * (2 * (2 * whole.parameters + whole.trainable) + whole.teacher)
+    assert shards.sent_bytes() == pytest.approx(3 / 4 * 4 * passes + ring_bytes(whole.centre_bytes, 4))
+
+
 def test_a_cnn_is_counted_without_being_run():
     network, images = build("resnet18"), torch.rand(2, 3, 64, 64)
     kept = kept_bytes(network, lambda: network(images))

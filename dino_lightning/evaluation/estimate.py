@@ -175,6 +175,8 @@ class Step(NamedTuple):
         optimizer: its name.
         centre_bytes: that the devices add up beside the gradients.
         devices: how many there are, in all.
+        calls: of the student's backbone in a micro-batch, one for each size of crops.
+        sharded: whether each device has its share of weights, gradients and moments only.
     """
 
     batch: int
@@ -191,6 +193,8 @@ class Step(NamedTuple):
     optimizer: str
     centre_bytes: int
     devices: int
+    calls: int = 1
+    sharded: bool = False
 
     @property
     def images(self) -> int:
@@ -203,18 +207,27 @@ class Step(NamedTuple):
         return _FULL * self.trainable
 
     def memory(self) -> Memory:
-        """The same on one device and on several, whose gradients are views of what is sent."""
+        """The same on one device and on several, whose gradients are views of what is sent; of shards, beside the block or head under way."""
+        parts = self.devices if self.sharded else 1
         return Memory(
-            parameters=_FULL * self.parameters,
-            teacher=_FULL * self.teacher,
-            gradients=self.gradient_bytes,
-            optimizer=optimizer_bytes(self.trainable, self.optimizer),
+            parameters=_FULL * self.parameters // parts,
+            teacher=_FULL * self.teacher // parts,
+            gradients=self.gradient_bytes // parts,
+            optimizer=optimizer_bytes(self.trainable, self.optimizer) // parts,
             half_weights=2 * self.cast,
             images=self.batch * self.image_bytes,
             activations=self.batch * self.activation_bytes,
             logits=self.batch * self.logits_bytes,
             loss=self.batch * self.loss_bytes,
         )
+
+    def sent_bytes(self) -> float:
+        """That each device sends in a step, around a ring: gradients and centres added up; of shards, instead of the former, the weights
+        for every pass through them (the student's forward and backward, the teacher's forward) and the gradients to where they belong."""
+        if not self.sharded:
+            return ring_bytes(self.gradient_bytes + self.centre_bytes, self.devices)
+        passes = self.calls * (2 * self.parameters + self.trainable) + self.teacher
+        return (self.devices - 1) / self.devices * _FULL * self.accumulated * passes + ring_bytes(self.centre_bytes, self.devices)
 
     def largest_batch(self, room: float) -> int:
         """The most images of a micro-batch for which ``memory`` takes no more than ``room`` bytes; 0 if not even one fits."""
@@ -246,8 +259,8 @@ def ring_bytes(payload: int, devices: int) -> float:
 
 
 def network_seconds(step: Step, link_gbps: float) -> float:
-    """Of the all-reduces of a step, gradients and centres, over links of so many 10⁹ bits a second."""
-    return 8 * ring_bytes(step.gradient_bytes + step.centre_bytes, step.devices) / (link_gbps * 1e9)
+    """Of what is sent in a step, over links of so many 10⁹ bits a second."""
+    return 8 * step.sent_bytes() / (link_gbps * 1e9)
 
 
 def workers_needed(images_per_s: float, worker_seconds: float) -> int:

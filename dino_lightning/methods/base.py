@@ -126,6 +126,10 @@ class Method(LightningModule):
                 )
             self.backbone_shape = {**shape, **more}
             backbone = build(backbone, **self.backbone_shape)
+        example = example_images(backbone, shape["img_size"], shape["in_chans"])
+        freeze_unused(backbone, example, used)
+        warn_of_classifier(backbone, example)
+        self._width = feature_dim(backbone, example)
         if self.options.get("activation_checkpointing"):
             if not isinstance(backbone, VisionTransformer):
                 raise ValueError(
@@ -133,10 +137,6 @@ class Method(LightningModule):
                     "leave it out, and switch it on in that network if it has it (timm: set_grad_checkpointing())"
                 )
             backbone.activation_checkpointing = True
-        example = example_images(backbone, shape["img_size"], shape["in_chans"])
-        freeze_unused(backbone, example, used)
-        warn_of_classifier(backbone, example)
-        self._width = feature_dim(backbone, example)
         return backbone
 
     @property

@@ -101,6 +101,8 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
             module.method, [rows.head.prototypes for rows in head_rows], module.options.get("centering") == "sinkhorn_knopp"
         ),
         devices=devices,
+        calls=2 if views[2:] and views[2].shape != views[0].shape else 1,
+        sharded=trainer["strategy"] == "sharded",
     )
     sizes = ", ".join(f"{len(group)} × {group[0].shape[-2]}×{group[0].shape[-1]}" for group in (views[:2], views[2:]) if group)
     backbone = model["backbone"] if isinstance(model["backbone"], str) else type(student.backbone).__name__

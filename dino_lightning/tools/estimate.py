@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from dino_lightning.evaluation.estimate import Memory, compute_seconds, data_seconds, network_seconds, workers_needed
+from dino_lightning.evaluation.estimate import Memory, Step, compute_seconds, data_seconds, network_seconds, workers_needed
 from dino_lightning.evaluation.gpus import Device, device
 from dino_lightning.tools.costs import Run, run_of
 
@@ -127,6 +127,13 @@ def default_link(kind: Device, devices: int) -> float:
     return kind.link if devices <= MACHINE else INFINIBAND
 
 
+def _sent(step: Step) -> str:
+    if step.sharded:
+        return f"each device sends {step.sent_bytes() / 1e9:.3g} GB of weights and gradients to others"
+    centres = f"{step.centre_bytes / 1e6:.2g} MB of centres"
+    return f"adds up {step.gradient_bytes / 1e6:.4g} MB of gradients and {centres} over the devices"
+
+
 def _report(found: Estimate, mfu: float, worker_ms: float, link: float) -> str:
     run, kind, step = found.run, found.device, found.run.step
     accumulated = f" × {step.accumulated} accumulated" if step.accumulated > 1 else ""
@@ -138,8 +145,7 @@ def _report(found: Estimate, mfu: float, worker_ms: float, link: float) -> str:
         "",
         f"operations  {step.flops / 1e9:.4g} GFLOP an image, {step.flops * step.images / 1e12:.4g} TFLOP a step",
         f"bytes       {run.crop_bytes / 1e6:.2f} MB of crops an image; a step moves {step.moved_bytes() / 1e9:.3g} GB or more in a device's",
-        f"            memory, and adds up {step.gradient_bytes / 1e6:.4g} MB of gradients and {step.centre_bytes / 1e6:.2g} MB of centres "
-        "over the devices",
+        f"            memory, and {_sent(step)}",
         "memory      of a device, GiB",
         f"{parts}    {'in all':26}{found.memory.total / _GIB:8.2f} of {kind.memory}, workspace left out",
         f"    {_fit(found)}",
