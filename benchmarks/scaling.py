@@ -156,6 +156,23 @@ def published() -> str:
     return "\n".join(rows)
 
 
+SENT = {
+    **{f"DINO {name}": ["--model.backbone", name] for name in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_giant", "resnet50")},
+    "DINOv2 vit_large": ["--method", "dinov2", "--model.backbone", "vit_large"],
+    "DINOv2 vit_giant": ["--method", "dinov2", "--model.backbone", "vit_giant"],
+}
+
+
+def sent(names: Iterable[str] = SENT) -> str:
+    rows = ["| network, K = 65,536 | parameters trained, millions | DDP, 8 devices, MB | 512 devices | sharded, 8 devices | 512 devices |"]
+    rows.append("|---|---|---|---|---|---|")
+    for name in names:
+        step = _run(64, *SENT[name], "--trainer.precision", "bf16-mixed").step
+        megabytes = [step._replace(devices=n, sharded=sharded).sent_bytes() / 1e6 for sharded in (False, True) for n in (8, 512)]
+        rows.append(f"| {name} | {step.trainable / 1e6:,.0f} | {' | '.join(f'{value:,.0f}' for value in megabytes)} |")
+    return "\n".join(rows)
+
+
 def readme(names: Iterable[str] = README) -> list[str]:
     """The lines of the README's table of memory."""
     rows = [
@@ -193,6 +210,14 @@ ViT-S/16 are what others report or our recipe, since the authors' arguments are 
 two heads of 131,072 prototypes and Sinkhorn.
 
 {scaling()}
+
+## What a device sends in a step
+
+Around a ring, float32, of one micro-batch with crops of two sizes: gradients and centres added up (`--trainer.strategy ddp`); or, where each
+device has its share of the weights only (`sharded`), the weights for each pass through them and the gradients to where they belong. It does
+not depend on the images. Accumulated batches cost DDP nothing more, shards as many times as they are.
+
+{sent()}
 
 ## What was published, and the MFU that would explain it
 

@@ -268,6 +268,7 @@ def test_the_page_is_what_the_formulas_say():
     """Of the page a network and of the README a recipe; all of both in the slow test."""
     scaling, page = runpy.run_path(str(SCALING)), SCALING.with_suffix(".md").read_text()
     assert all(row in page for row in scaling["rows_of"]("DINO ViT-S/16"))
+    assert scaling["sent"](["DINO vit_small"]).splitlines()[-1] in page
     readme = SCALING.parents[1].joinpath("README.md").read_text()
     assert all(row in readme for row in scaling["readme"](["vit_small"]))
 
