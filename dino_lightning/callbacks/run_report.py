@@ -45,7 +45,7 @@ class RunReport(Callback):
         if not trainer.is_global_zero:
             return
         size = sum(parameter.numel() for parameter in pl_module.trained.backbone.parameters()) / 1e6
-        name = pl_module.backbone_name or type(pl_module.trained.backbone).__name__
+        name = pl_module.backbone_name or type(pl_module.trained.backbone).__name__.removeprefix("FSDP")
         step = f" of {images} images" if images else ""
         prototypes = f", {pl_module.options['out_dim']} prototypes" if "out_dim" in pl_module.options else ""
         _table(
