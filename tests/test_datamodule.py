@@ -1,6 +1,7 @@
 """Folders and Datasets in, batches out: any number of workers, unreadable files, bad input."""
 
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -184,6 +185,22 @@ def test_unreadable_images_are_replaced_counted_and_named(image_folder, caplog):
         assert "2 of the 24 images of epoch 0" in message and "0003.jpg" in message and "0005.jpg" in message
     for (views, _), (others, _) in zip(*batches):
         assert len(views[0]) == 4 and all(torch.equal(view, other) for view, other in zip(views, others))
+
+
+def test_files_that_change_behind_the_listing(image_folder, caplog):
+    """One is gone, one is another image now, one is a pipe, one may not be read (but by root)."""
+    datamodule = MultiCropDataModule(image_folder, max_unreadable=0.2, **SMALL)
+    datamodule.setup("fit")
+    (image_folder / "0003.jpg").unlink()
+    (image_folder / "0005.jpg").write_bytes((image_folder / "0006.jpg").read_bytes())
+    (image_folder / "0007.jpg").unlink()
+    os.mkfifo(image_folder / "0007.jpg")
+    (image_folder / "0009.jpg").chmod(0)
+    with caplog.at_level(logging.WARNING, "dino_lightning"):
+        fit(datamodule)
+    (message,) = [record.getMessage() for record in caplog.records if "could not be read" in record.getMessage()]
+    assert "0003.jpg: [Errno 2]" in message and "0007.jpg: a pipe, a device or a folder" in message and "0005.jpg" not in message
+    assert os.geteuid() == 0 or "0009.jpg: [Errno 13]" in message
 
 
 def test_unreadable_images_are_left_out_of_monitors_and_predictions(tmp_path, caplog):

@@ -606,10 +606,20 @@ def test_npz_and_damaged_header_by_the_name_of_npy(tmp_path):
     unreadable(tmp_path / "b.npy")
 
 
-def test_decompression_bomb(tmp_path, monkeypatch):
-    path = saved(np.zeros((40, 40), dtype=np.uint8), tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert "1600 pixels" in unreadable(path).reason
+def test_a_decompression_bomb_is_refused_before_it_unfolds(tmp_path):
+    """30,000 × 30,000 black pixels in a file of 120 KB."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    side, packed = 30_000, zlib.compressobj()
+    rows = b"".join(packed.compress(bytes(1000 * (1 + side // 8))) for _ in range(side // 1000)) + packed.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    assert path.stat().st_size < 200_000
+    begin = time.monotonic()
+    assert "900000000 pixels" in unreadable(path).reason and time.monotonic() - begin < 1
 
 
 def test_a_pil_image_that_fails_on_first_use(tmp_path):
