@@ -1,14 +1,22 @@
 """Rankings and tracked labels against the definitions, gone through one by one."""
 
+import json
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
+from dino_lightning import VisionTransformer
+from dino_lightning.__main__ import main
 from dino_lightning.evaluation.retrieval import Whitening, average_precision, gem, rank, score
 from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity, track
+from dino_lightning.evaluation.whole import SQUARE_ROOTS, thumbnail, whole_features
+from dino_lightning.tools import retrieval
+from dino_lightning.tools.checkpoint import load_module
 
 
 def precision_and_recall(ranked, wanted, n):
@@ -135,3 +143,115 @@ def test_j_and_f_are_their_definitions():
     nothing, something = np.zeros((9, 9), bool), np.eye(9, dtype=bool)
     assert region_similarity(nothing, nothing) == contour_accuracy(nothing, nothing) == contour_accuracy(something, something) == 1
     assert region_similarity(nothing, something) == contour_accuracy(nothing, something) == contour_accuracy(something, nothing) == 0
+
+
+def test_features_of_whole_images_at_several_sizes():
+    network = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2).eval()
+    images = torch.rand(1, 3, 45, 70)
+    found = whole_features(network, images, SQUARE_ROOTS, "cls+gem")
+    expected = []
+    for factor, (height, width) in zip((1, 0.5**0.5, 0.5), ((40, 64), (24, 48), (16, 32))):  # 45 × 70, 31 × 49, 22 × 35
+        scaled = images if factor == 1 else F.interpolate(images, scale_factor=factor, mode="bilinear")
+        tokens = network.forward_features(scaled[..., :height, :width])[0]
+        expected.append(torch.cat([tokens.cls, gem(tokens.patches)], dim=1))
+    torch.testing.assert_close(found, sum(expected) / 3)
+    assert whole_features(network, torch.rand(2, 3, 5, 9), pooling="gem").shape == (2, 24), "an image smaller than a patch"
+    photo = np.random.default_rng(0).integers(0, 256, (90, 60, 3), dtype=np.uint8)
+    assert thumbnail(photo, 45).shape == (3, 45, 30) and torch.equal(thumbnail(photo, 99), torch.from_numpy(photo).permute(2, 0, 1))
+    assert thumbnail(photo[..., :2], 45).shape == (2, 45, 30)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """jpg/ with twelve photographs, in three class folders too."""
+    root, rng = tmp_path_factory.mktemp("retrieval"), np.random.default_rng(0)
+    (root / "jpg").mkdir()
+    for i in range(12):
+        (root / "classes" / f"class{i % 3}").mkdir(parents=True, exist_ok=True)
+        colours = np.clip(rng.normal(60 * (i % 3 + 1), 50, (4, 5, 3)), 0, 255).astype(np.uint8)
+        image = Image.fromarray(colours).resize((50, 40))
+        for path in (root / "jpg" / f"building_{i:02}.jpg", root / "classes" / f"class{i % 3}" / f"{i:02}.png"):
+            image.save(path)
+    return root
+
+
+def own_features(checkpoint, paths, longest):
+    module, found = load_module(checkpoint), []
+    for path in paths:
+        image = Image.open(path)
+        image.thumbnail((longest, longest))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+        pixels = (pixels - torch.tensor(module.images["mean"])[:, None, None]) / torch.tensor(module.images["std"])[:, None, None]
+        height, width = (side // 8 * 8 for side in pixels.shape[1:])
+        with torch.no_grad():
+            found.append(module.evaluated.backbone(pixels[None, :, :height, :width])[0])
+    return F.normalize(torch.stack(found), dim=1).numpy()
+
+
+def by_hand(similarities, positives, ignored):
+    """The area under precision and recall of one query."""
+    ranked = [i for i in np.argsort(-similarities, kind="stable").tolist() if i not in ignored]
+    points = [precision_and_recall(ranked, set(positives), n) for n in range(len(ranked) + 1)]
+    return sum((p1 + p0) / 2 * (r1 - r0) for (p0, r0), (p1, r1) in zip(points, points[1:]))
+
+
+def test_each_image_of_a_class_finds_the_others(photographs, small_checkpoint, capsys):
+    found = retrieval(small_checkpoint, str(photographs / "classes"), compare=True)
+    paths = sorted((photographs / "classes").glob("*/*.png"))
+    features = own_features(small_checkpoint, paths, 32)
+    labels = [path.parent.name for path in paths]
+    aps = [
+        by_hand(features @ features[i], [j for j in range(12) if labels[j] == labels[i] and j != i], [i]) for i in range(12)
+    ]
+    assert found["trained"]["classes"][0] == pytest.approx(np.mean(aps), abs=1e-6)
+    assert "12 queries among 12 images, longest side 32" in capsys.readouterr().out and "untrained" in found
+
+
+def test_revisited_buildings_from_a_pickle_that_runs_no_code(photographs, small_checkpoint, tmp_path, capsys):
+    names = [f"building_{i:02}" for i in range(12)]
+    truths = [
+        {"bbx": [5.0, 5, 45, 35], "easy": np.array([4, 5]), "hard": [6], "junk": np.array([7, 0])},
+        {"bbx": [0, 0, 50, 40], "easy": [], "hard": np.array([4, 8]), "junk": []},
+    ]
+    root = tmp_path / "oxford"
+    root.mkdir()
+    (root / "jpg").symlink_to(photographs / "jpg")
+    truth = {"imlist": names[2:], "qimlist": names[:2], "gnd": truths}
+    (root / "gnd_roxford5k.pkl").write_bytes(pickle.dumps(truth, protocol=2))
+    found = retrieval(small_checkpoint, str(root))["trained"]
+    features = own_features(small_checkpoint, [root / "jpg" / f"{name}.jpg" for name in names], 224)
+    similarities = [features[2:] @ features[query] for query in range(2)]
+    expected = {
+        "easy": [by_hand(similarities[0], [4, 5], [7, 0, 6])],
+        "medium": [by_hand(similarities[0], [4, 5, 6], [7, 0]), by_hand(similarities[1], [4, 8], [])],
+        "hard": [by_hand(similarities[0], [6], [7, 0, 4, 5]), by_hand(similarities[1], [4, 8], [])],
+    }
+    for setting, aps in expected.items():
+        assert found[setting][0] == pytest.approx(np.mean(aps), abs=1e-6), setting
+    plain = {**truth, "gnd": [{name: np.asarray(value).tolist() for name, value in query.items()} for query in truths]}
+    (root / "gnd_roxford5k.pkl").unlink()
+    (root / "gnd_roxford5k.json").write_text(json.dumps(plain))
+    assert retrieval(small_checkpoint, str(root))["trained"] == found
+    cropped = retrieval(small_checkpoint, str(root), crop_queries=True, image_size=32, scales=SQUARE_ROOTS, pooling="gem",
+                        whiten_with=str(photographs / "classes"), trapezoid=False)["trained"]  # fmt: skip
+    assert 0 < cropped["medium"][0] <= 1 and cropped != found
+    (root / "gnd_roxford5k.json").unlink()
+
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path / "sprung").mkdir, ()
+
+    for content, words in (
+        (pickle.dumps({"gnd": Trap()}), "cannot be read safely: .*, which may be code"),
+        (b"\x80\x02}q", "cannot be read safely"),
+        (pickle.dumps({"imlist": [], "qimlist": []}), "no ground truth of revisited"),
+        (pickle.dumps({**truth, "imlist": ["nowhere"]}), "1 images that gnd_roxford5k.pkl names are not there"),
+        (pickle.dumps({**truth, "gnd": []}), "has 2 queries, but the truth of 0"),
+    ):
+        (root / "gnd_roxford5k.pkl").write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            retrieval(small_checkpoint, str(root))
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(SystemExit):
+        main(["retrieval", "--checkpoint", small_checkpoint, "--root", str(photographs / "jpg")])
+    assert "has no class folders, and no gnd_roxford5k" in capsys.readouterr().err

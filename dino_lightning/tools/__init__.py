@@ -12,6 +12,7 @@ from dino_lightning.tools.finetune import finetune
 from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
 from dino_lightning.tools.neighbors import neighbors
+from dino_lightning.tools.retrieval import retrieval
 from dino_lightning.tools.shard import shard
 from dino_lightning.tools.shrink import shrink
 from dino_lightning.tools.video import video
@@ -29,6 +30,7 @@ TOOLS = {
     "knn": knn,
     "linear": linear,
     "neighbors": neighbors,
+    "retrieval": retrieval,
     "shard": shard,
     "shrink": shrink,
     "video": video,
