@@ -36,9 +36,13 @@ class FolderFrames:
 
     def read(self, in_chans: int = 3) -> Iterator[np.ndarray]:
         """One frame at a time, uint8 (H, W, in_chans). An unreadable one is named in the log and left out."""
+        return (pixels for _, pixels in self.named(in_chans))
+
+    def named(self, in_chans: int = 3) -> Iterator[tuple[str, np.ndarray]]:
+        """The same behind the names of the files, without their extensions."""
         for path in self.paths:
             try:
-                yield read_image(path, in_chans)
+                yield path.stem, read_image(path, in_chans)
             except UnreadableImage as error:
                 log.warning("left out: %s", error)
 
@@ -80,6 +84,10 @@ class VideoFrames:
                 reason = str(error)
         if reason:
             log.warning("left out: %s behind its first %d frames, where it breaks off: %s", self.path, done, reason)
+
+    def named(self, in_chans: int = 3) -> Iterator[tuple[str, np.ndarray]]:
+        """The same behind their numbers."""
+        return ((f"{number:05d}", pixels) for number, pixels in enumerate(self.read(in_chans)))
 
 
 def open_frames(source: str) -> FolderFrames | VideoFrames:

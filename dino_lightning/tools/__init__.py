@@ -15,6 +15,7 @@ from dino_lightning.tools.neighbors import neighbors
 from dino_lightning.tools.retrieval import retrieval
 from dino_lightning.tools.shard import shard
 from dino_lightning.tools.shrink import shrink
+from dino_lightning.tools.track import track
 from dino_lightning.tools.video import video
 
 TOOLS = {
@@ -33,5 +34,6 @@ TOOLS = {
     "retrieval": retrieval,
     "shard": shard,
     "shrink": shrink,
+    "track": track,
     "video": video,
 }

@@ -1,26 +1,23 @@
 """``dino-lightning video``: the attention of a checkpoint on the frames of a film."""
 
-import contextlib
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from dino_lightning.data.frames import import_av, open_frames
+from dino_lightning.data.frames import open_frames
 from dino_lightning.data.multicrop import whole_view
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import SpatialMaps, side_multiple, spatial_maps
 from dino_lightning.pictures import cut_out, framed, heat_map, rgb, sheet
 from dino_lightning.tools.checkpoint import images_of, load_module
+from dino_lightning.tools.films import FOLDER_RATE, check_film, film_writer
 
 _MEMORY = 25  # frames over which the range of the colours is averaged
-_FOLDER_RATE = 25  # frames per second of a film of a folder's frames
 _SMALLEST = 240  # pixels of the longer side of a frame in the film
 
 
@@ -67,7 +64,7 @@ def video(
     if fps is not None and not 0.1 <= fps <= 1000:
         raise ValueError(f"fps must lie between 0.1 and 1000 frames per second, got {fps}")
     source = open_frames(frames[0])
-    _check_output(Path(output), Path(frames[0]))
+    check_film(Path(output), Path(frames[0]))
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
     size = 2 * min(shown.size) if image_size is None else image_size
@@ -83,7 +80,7 @@ def video(
     if first is None:
         raise ValueError(f"none of the frames of {frames[0]} can be read; the log says why")
     drawn = 0
-    with _writer(Path(output), first.size, fps or source.rate or _FOLDER_RATE) as write:
+    with film_writer(Path(output), first.size, fps or source.rate or FOLDER_RATE) as write:
         for page in itertools.chain([first], pages):
             write(page)
             drawn += 1
@@ -128,38 +125,3 @@ def _choose(maps: Tensor, names: list[str], what: str, head: int | None) -> tupl
 def _cell(height: int, width: int) -> tuple[int, int]:
     scale = max(1.0, _SMALLEST / max(height, width))
     return round(height * scale), round(width * scale)
-
-
-def _check_output(output: Path, source: Path) -> None:
-    if output.suffix.lower() == ".mp4":
-        import_av()
-        if output.exists() and output.samefile(source):
-            raise ValueError(f"{output} is the film itself; choose another output")
-    elif output.suffix.lower() in (".avi", ".gif", ".m4v", ".mkv", ".mov", ".webm"):
-        raise ValueError(f"a film is written as .mp4; rename the output {output}")
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is no empty folder, whose frames would mix with these; choose another output")
-
-
-@contextlib.contextmanager
-def _writer(output: Path, size: tuple[int, int], rate: float | Fraction) -> Iterator[Callable[[Image.Image], None]]:
-    """A function that adds a picture of this size (width, height) to the film, or any to the folder."""
-    if output.suffix.lower() != ".mp4":
-        output.mkdir(parents=True, exist_ok=True)
-        numbers = itertools.count(1)
-        yield lambda picture: picture.save(output / f"{next(numbers):07d}.png")
-        return
-    av = import_av()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(output), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001), options={"crf": "18"})
-        stream.pix_fmt = "yuv420p"  # which all players play, and which needs even sides
-        stream.width, stream.height = even = tuple(2 * math.ceil(side / 2) for side in size)
-
-        def encode(picture: Image.Image) -> None:
-            page = Image.new("RGB", even, "white")
-            page.paste(picture)
-            container.mux(stream.encode(av.VideoFrame.from_image(page)))
-
-        yield encode
-        container.mux(stream.encode())
