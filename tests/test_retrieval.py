@@ -15,7 +15,7 @@ from dino_lightning.__main__ import main
 from dino_lightning.evaluation.retrieval import Whitening, average_precision, gem, rank, score
 from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity, track
 from dino_lightning.evaluation.whole import SQUARE_ROOTS, thumbnail, whole_features
-from dino_lightning.tools import retrieval
+from dino_lightning.tools import copies, retrieval
 from dino_lightning.tools.checkpoint import load_module
 
 
@@ -255,3 +255,52 @@ def test_revisited_buildings_from_a_pickle_that_runs_no_code(photographs, small_
     with pytest.raises(SystemExit):
         main(["retrieval", "--checkpoint", small_checkpoint, "--root", str(photographs / "jpg")])
     assert "has no class folders, and no gnd_roxford5k" in capsys.readouterr().err
+
+
+def test_copies_are_found_by_the_letters_of_their_originals(tmp_path, small_checkpoint, capsys):
+    rng = np.random.default_rng(0)
+    photos = [Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((48, 36)) for _ in range(9)]
+    for folder in ("original", "strong", "jpegqual/3"):
+        (tmp_path / "copydays" / folder).mkdir(parents=True)
+    for folder in ("others", "white"):
+        (tmp_path / folder).mkdir()
+    for i, photo in enumerate(photos[:4]):
+        photo.save(tmp_path / "copydays" / "original" / f"20{i:02}00.jpg", quality=95)
+        photo.save(tmp_path / "copydays" / "jpegqual/3" / f"20{i:02}00.jpg", quality=30)
+        for j in (1, 2):
+            photo.rotate(20 * j).crop((4, 4, 40, 30)).save(tmp_path / "copydays" / "strong" / f"20{i:02}0{j}.jpg")
+    for i, photo in enumerate(photos[4:]):
+        photo.save(tmp_path / "others" / f"{i}.png")
+        photo.rotate(90).save(tmp_path / "white" / f"{i}.png")
+    root = str(tmp_path / "copydays")
+    options = {"distractors": str(tmp_path / "others"), "image_size": 32}
+    found = copies(small_checkpoint, root, **options, ranked=3)["trained"]
+    assert set(found) == {"strong", "jpegqual/3"} and found["jpegqual/3"] == 1.0
+    # By hand, without whitening.
+    module = load_module(small_checkpoint)
+
+    def features(paths):
+        rows = []
+        for path in paths:
+            pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+            mean, std = (torch.tensor(module.images[name])[:, None, None] for name in ("mean", "std"))
+            with torch.no_grad():
+                tokens = module.evaluated.backbone.forward_features(((pixels - mean) / std)[None])[0]
+            rows.append(torch.cat([tokens.cls[0], gem(tokens.patches)[0]]))
+        return F.normalize(torch.stack(rows), dim=1).numpy()
+
+    bank = features(sorted((tmp_path / "copydays" / "original").iterdir()) + sorted((tmp_path / "others").iterdir()))
+    aps = []
+    for query, path in zip(features(queries := sorted((tmp_path / "copydays" / "strong").iterdir())), queries):
+        ranked = np.argsort(-(bank @ query), kind="stable").tolist()[:3]
+        points = [precision_and_recall(ranked, {int(path.name[2:4])}, n) for n in range(4)]
+        aps.append(sum((p1 + p0) / 2 * (r1 - r0) for (p0, r0), (p1, r1) in zip(points, points[1:])))
+    assert found["strong"] == pytest.approx(np.mean(aps), abs=1e-6)
+    white = copies(small_checkpoint, root, **options, whiten_with=str(tmp_path / "white"), centred_whitening=True, compare=True)
+    assert set(white) == {"trained", "untrained"} and "copies of 4 originals among 9 images" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="root must hold original/"):
+        copies(small_checkpoint, str(tmp_path))
+    for path in (tmp_path / "copydays" / "strong").iterdir():
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(ValueError, match="has the first 4 letters of an original, such as 200000.jpg"):
+        copies(small_checkpoint, root, **options)

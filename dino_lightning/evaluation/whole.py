@@ -1,6 +1,6 @@
 """Features of whole images, of any shape and at several sizes, for retrieval and copy detection."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -20,17 +20,27 @@ SQUARE_ROOTS = (1.0, 2**-0.5, 0.5)  # the sizes of multi-scale features
 def thumbnail(pixels: np.ndarray, longest: int) -> Tensor:
     """An image (H, W, C) of uint8 → (C, h, w) whose longer side is ``longest`` at most; it is never enlarged, and its shape stays.
 
-    By Pillow's ``thumbnail``, as in the reference; images of other than one or three channels are taken apart for it.
+    By Pillow's ``thumbnail``, as in the reference.
     """
 
-    def shrunk(plane: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(plane)
+    def shrunk(image: Image.Image) -> Image.Image:
         image.thumbnail((longest, longest))
-        return np.array(image)
+        return image
 
+    return _by_pillow(pixels, shrunk)
+
+
+def squeezed(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """An image (H, W, C) of uint8 → (C, h, w), whatever its shape was, by Pillow's bicubic filter."""
+    return _by_pillow(pixels, lambda image: image.resize(size[::-1], Image.Resampling.BICUBIC))
+
+
+def _by_pillow(pixels: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Of other than three channels each by itself."""
     if pixels.shape[2] == 3:
-        return torch.from_numpy(shrunk(pixels)).permute(2, 0, 1)
-    return torch.from_numpy(np.stack([shrunk(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]))
+        return torch.from_numpy(np.array(change(Image.fromarray(pixels)))).permute(2, 0, 1)
+    planes = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(pixels.shape[2])]
+    return torch.from_numpy(np.stack([np.array(change(plane)) for plane in planes]))
 
 
 @torch.no_grad()

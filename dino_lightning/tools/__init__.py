@@ -4,6 +4,7 @@ from dino_lightning.tools.adopt import adopt
 from dino_lightning.tools.attention import attention
 from dino_lightning.tools.clusters import clusters
 from dino_lightning.tools.compare import compare
+from dino_lightning.tools.copies import copies
 from dino_lightning.tools.duplicates import duplicates
 from dino_lightning.tools.estimate import estimate
 from dino_lightning.tools.export import export
@@ -24,6 +25,7 @@ TOOLS = {
     "clusters": clusters,
     "duplicates": duplicates,
     "compare": compare,
+    "copies": copies,
     "estimate": estimate,
     "export": export,
     "extract": extract,
