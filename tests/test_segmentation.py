@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dino_lightning.evaluation.segmentation import Confusion, LinearSegmenter, box_iou, corloc, discover_object
+from dino_lightning.tools import segment
 
 
 def test_mean_iou_is_its_definition():
@@ -57,3 +59,39 @@ def test_boxes():
     assert corloc(found, truths) == 0.5
     with pytest.raises(ValueError, match="no image has a true box"):
         corloc(found[:1], [[]])
+
+
+def write_set(root, images, masks, shift=0):
+    """Left halves of one colour, right halves of another, with a border that does not count."""
+    rng = np.random.default_rng(0)
+    for split in range(2):
+        images[split].mkdir(parents=True, exist_ok=True), masks[split].mkdir(parents=True, exist_ok=True)
+        for i in range(8 - 3 * split):
+            edge = int(rng.integers(12, 36))
+            pixels, mask = np.zeros((32, 48, 3), np.uint8), np.zeros((32, 48), np.uint8)
+            pixels[:, :edge], pixels[:, edge:], mask[:, edge:] = (200, 30, 30), (30, 60, 220), 1
+            mask[:, edge - 1 : edge + 1] = 255
+            Image.fromarray(pixels).save(images[split] / f"{split}{i}.jpg", quality=95)
+            Image.fromarray(mask + np.uint8(shift)).save(masks[split] / f"{split}{i}.png")  # 255 becomes 0
+    return root
+
+
+def test_segmentation_of_the_usual_layouts(tmp_path, small_checkpoint, capsys):
+    voc = write_set(tmp_path / "voc", [tmp_path / "voc/JPEGImages"] * 2, [tmp_path / "voc/SegmentationClass"] * 2)
+    lists = voc / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    for split, name in enumerate(("train", "val")):
+        (lists / f"{name}.txt").write_text("\n".join(sorted(p.stem for p in (voc / "JPEGImages").glob(f"{split}*.jpg"))))
+    ade, own = tmp_path / "ade", tmp_path / "own"
+    write_set(ade, *([ade / part / split for split in ("training", "validation")] for part in ("images", "annotations")), shift=1)
+    write_set(own, *([own / part / split for split in ("train", "val")] for part in ("images", "masks")))
+    found = [segment(small_checkpoint, str(root), lr=0.05, batch_size=3, seed=2)["trained"] for root in (voc, ade, own)]
+    assert found[0] == found[1] == found[2] and len(found[0][1]) == 2
+    assert found[0][0] == pytest.approx(np.mean(found[0][1])) and found[0][0] > 0.7, "colours alone tell the halves"
+    said = capsys.readouterr().out
+    assert "Pascal VOC: 8 images to learn from, 5 to measure, 2 classes, 64×64 pixels" in said and "ADE20K" in said
+    (own / "masks" / "val" / "10.png").unlink()
+    with pytest.raises(FileNotFoundError, match="1 images or masks are missing, such as .*10.png"):
+        segment(small_checkpoint, str(own))
+    with pytest.raises(FileNotFoundError, match="has none of the layouts"):
+        segment(small_checkpoint, str(tmp_path))

@@ -14,6 +14,7 @@ from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
 from dino_lightning.tools.neighbors import neighbors
 from dino_lightning.tools.retrieval import retrieval
+from dino_lightning.tools.segment import segment
 from dino_lightning.tools.shard import shard
 from dino_lightning.tools.shrink import shrink
 from dino_lightning.tools.track import track
@@ -34,6 +35,7 @@ TOOLS = {
     "linear": linear,
     "neighbors": neighbors,
     "retrieval": retrieval,
+    "segment": segment,
     "shard": shard,
     "shrink": shrink,
     "track": track,
