@@ -195,6 +195,7 @@ class DINOCLI(LightningCLI):
         check_crops(self.model.trained.backbone, {"data.global_crops_size": crops.global_crops_size, **local})
         if self._interrupted is not None:
             options = self.config_init[self.subcommand]
+            self.trainer.strategy._lightning_module = self.model  # a sharded one asks for it when its processes meet
             options.ckpt_path = continuation.agree(options.ckpt_path, self.trainer)
 
     def validate(self, **options: Any) -> None:

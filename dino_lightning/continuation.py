@@ -38,7 +38,7 @@ def find_last(root: str | None, checkpoints: str | None) -> str:
 def restartable(args: Sequence[str]) -> list[str]:
     """Arguments of fit, without ``--ckpt_path last`` as long as there is nothing to go on with and torchrun may start them again.
 
-    (``torchrun --max-restarts``: what it starts behind a failure is the same command.)
+    (``torchrun --max-restarts``: what it starts behind a failure is the same command. All machines must see the run's folder.)
     """
     given = said(args)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or given.get("ckpt_path") != "last":

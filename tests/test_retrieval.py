@@ -179,7 +179,7 @@ def own_features(checkpoint, paths, longest):
     module, found = load_module(checkpoint), []
     for path in paths:
         image = Image.open(path)
-        image.thumbnail((longest, longest))
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
         pixels = (pixels - torch.tensor(module.images["mean"])[:, None, None]) / torch.tensor(module.images["std"])[:, None, None]
         height, width = (side // 8 * 8 for side in pixels.shape[1:])

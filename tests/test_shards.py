@@ -120,6 +120,24 @@ def test_a_killed_shard_command_goes_on(tmp_path):
     assert len(shards) == 4001 == len({shards.path(i) for i in range(4001)})
 
 
+def test_a_command_interrupted_behind_the_shards_goes_on(folder, tmp_path, capsys):
+    args = ["shard", "--root", str(folder / "images" / "val"), "--output", str(tmp_path / "out"), "--num_workers", "1"]
+    main(args)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    facts = index.pop("dino_lightning")
+    (tmp_path / "out" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "out" / "SHA256SUMS").unlink()
+    (tmp_path / "out" / ".begun.json").write_text(json.dumps({**{k: v for k, v in facts.items() if k != "bytes"}, "workers": 1}))
+    main([*args[:-1], "2"])  # of another machine
+    assert len(Shards(tmp_path / "out")) == 7 and (tmp_path / "out" / "SHA256SUMS").exists()
+    with pytest.raises(SystemExit):
+        main([*args, "--shorter", "8"])
+    with pytest.raises(SystemExit):
+        main([*args, "--shorter", "-5"])
+    said = capsys.readouterr().err
+    assert "by these options; name a new folder" in said and "shorter must be at least 1 pixel, got -5" in said
+
+
 def test_what_is_wrong_is_named(folder, tmp_path, capsys):
     shards = folder / "shards" / "val"
     main(["shard", "--root", str(folder / "images"), "--output", str(folder / "shards"), "--num_workers", "2"])
@@ -135,14 +153,21 @@ def test_what_is_wrong_is_named(folder, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"chunk-1-0.bin has \d+ bytes instead of \d+: copy the folder again"):
         Shards(copied)
     index = json.loads((copied / "index.json").read_text())
-    del index["dino_lightning"]
-    (copied / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="holds samples of another kind"):
-        Shards(copied)
+    facts = index.pop("dino_lightning")
+    pickled = {**index, "dino_lightning": facts, "config": {**index["config"], "data_format": ["pickle", "int", "no_header_numpy:1"]}}
+    elsewhere = {**index, "dino_lightning": facts, "chunks": [{**chunk, "filename": "../chunk.bin"} for chunk in index["chunks"]]}
+    for wrong in (index, pickled, elsewhere, [1], {"chunks": 3, "config": {}}):
+        (copied / "index.json").write_text(json.dumps(wrong))
+        for root in (copied, f"local:{copied}"):
+            with pytest.raises(ValueError, match="holds samples of another kind") if root == copied else pytest.raises(Exception, match="."):
+                Shards(root, cache=str(tmp_path / "cache"))
+    write_images(copied, 3)
+    (copied / "index.json").write_text('{"photographer": "somebody"}')
+    assert len(open_images(copied)) == 3, "a folder of images with an index of its own"
     for output, kind, words in (
         (folder / "images" / "train" / "shards", 1, "must lie outside of each other"),
         ("s3://bucket/shards", 1, "writes from folder to folder"),
-        (Path(copied), 1, "holds something else than these images"),
+        (Path(copied), 1, "holds something else than these images by these options"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["shard", "--root", str(folder / "images" / "train"), "--output", str(output)])

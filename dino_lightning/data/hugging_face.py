@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from dino_lightning.data.decode import UnreadableImage, decode_image
+from dino_lightning.data.decode import UnreadableImage, decode_image, read_image
 
 
 class HuggingFaceImages(Dataset):
@@ -66,13 +66,14 @@ class HuggingFaceImages(Dataset):
         """Item ``index``, if it is a large JPEG reduced as far as ``reduction`` allows (``read_image``)."""
         row: dict[str, Any] = self._rows[range(len(self))[index]]
         held, where = row[self.image] or {}, self.path(index, row)
-        data = held.get("bytes")
-        if data is None and held.get("path"):
-            with open(held["path"], "rb") as file:
-                data = file.read()
-        if data is None:
+        label = row[self.label] if self.label else None
+        if held.get("bytes") is not None:
+            image = decode_image(held["bytes"], where, self.in_chans, reduction)
+        elif held.get("path"):
+            image = read_image(held["path"], self.in_chans, reduction)
+        else:
             raise UnreadableImage(where, "the row has no image")
-        return decode_image(data, where, self.in_chans, reduction), int(row[self.label]) if self.label else -1
+        return image, -1 if label is None else int(label)
 
     def path(self, index: int, row: Mapping[str, Any] | None = None) -> str:
         """Its number, and the name that it had."""

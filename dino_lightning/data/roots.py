@@ -47,9 +47,12 @@ def split_name(root: Root) -> str:
 
 
 def _holds_shards(address: Root) -> bool:
-    """Each store has errors of its own for what is not there."""
+    """Each store has errors of its own for what is not there; others (no access, no network) go through."""
     try:
         Shards(address)
-    except Exception:
-        return False
+    except Exception as error:
+        said = f"{type(error).__name__} {error}".lower()
+        if any(words in said for words in ("filenotfound", "404", "nosuchkey", "not found", "notfound", "doesn't exist", "does not exist")):
+            return False
+        raise
     return True

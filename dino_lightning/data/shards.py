@@ -14,6 +14,7 @@ from dino_lightning.listing import is_address
 
 INDEX = "index.json"  # litdata's, in which ours stand under this key:
 FACTS = "dino_lightning"
+_FORMATS = ("int", "no_header_numpy")  # of litdata, for a sample's label and for its image and name
 _EXTRA = "shards need litdata: pip install 'dino-lightning[shards]'"
 
 
@@ -50,8 +51,6 @@ class Shards(Dataset):
         self._stream: Any = None
         self._of_process: int | None = None
         index = self._index()
-        if FACTS not in index:
-            raise ValueError(f"{self.root} holds samples of another kind; make shards of the images with dino-lightning shard")
         own = index[FACTS]["classes"]
         if classes is not None and own is not None and not set(own) <= set(classes):
             raise ValueError(f"{self.root} has the classes {', '.join(own)}, and only these are known: {', '.join(classes)}")
@@ -81,6 +80,9 @@ class Shards(Dataset):
         index = range(len(self))[index]
         if self._of_process != os.getpid():  # litdata's threads do not live on in a fork
             self._stream, self._of_process = self._open(), os.getpid()
+            if is_address(self.root):
+                self._stream[index]  # makes its cache
+                self._stream.on_demand_bytes = False  # whole shards are fetched, not image by image
         return self._stream[index]
 
     def _open(self) -> Any:
@@ -88,32 +90,52 @@ class Shards(Dataset):
             from litdata import StreamingDataset
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(_EXTRA, name="litdata") from error
-        stream = StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
-        if is_address(self.root):
-            stream[0]  # makes its cache
-            stream.on_demand_bytes = False  # whole shards are fetched, not image by image
-        return stream
+        return StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
 
     def _index(self) -> dict[str, Any]:
-        """Of litdata, with ours."""
+        """Of litdata, with ours, both checked."""
         if is_address(self.root):
             stream = self._open()
-            return json.loads((Path(stream.cache._reader.config._cache_dir) / INDEX).read_text(encoding="utf-8"))
+            stream.cache = stream._create_cache(worker_env=None)  # fetches the index, and no shard yet
+            index = json.loads((Path(stream.cache._reader.config._cache_dir) / INDEX).read_text(encoding="utf-8"))
+            _check(index, self.root)
+            return index
         folder = Path(self.root)
         if not (folder / INDEX).is_file():
             raise FileNotFoundError(f"there are no shards in {folder}: no {INDEX}; dino-lightning shard writes them")
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        _check(index, self.root)
         for chunk in index["chunks"]:
             file = folder / chunk["filename"]
             size = file.stat().st_size if file.is_file() else 0
-            expected = index.get(FACTS, {}).get("bytes", {}).get(file.name, size)
+            expected = index[FACTS].get("bytes", {}).get(file.name, size)
             if not size or size != expected:
                 raise ValueError(f"the shard {file} has {size} bytes instead of {expected}: copy the folder again (SHA256SUMS tells what is whole)")
         return index
 
 
+def _check(index: Any, root: str) -> None:
+    """That ``dino-lightning shard`` wrote this index: litdata would also read samples by pickle, and files wherever they are named."""
+    try:
+        config, files = index["config"], [chunk["filename"] for chunk in index["chunks"]]
+        is_ours = FACTS in index and not config["compression"] and not config["encryption"]
+        is_ours = is_ours and all(name.partition(":")[0] in _FORMATS for name in config["data_format"])
+        is_ours = is_ours and all(isinstance(file, str) and os.path.basename(file) == file and file.endswith(".bin") for file in files)
+    except (KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"{root} holds samples of another kind; make shards of the images with dino-lightning shard")
+
+
 def is_shards(root: str | os.PathLike[str]) -> bool:
-    return is_address(root) or (Path(root) / INDEX).is_file()
+    """Whether images lie there in shards: at an address always, in a folder if there is an index of litdata's."""
+    if is_address(root):
+        return True
+    try:
+        index = json.loads((Path(root) / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and {"chunks", "config"} <= index.keys()
 
 
 def _text(name: np.ndarray) -> str:

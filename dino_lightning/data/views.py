@@ -48,7 +48,10 @@ def load(
 
 
 def describe(source: Dataset, index: int) -> str:
-    return source.path(index) if hasattr(source, "path") else f"sample {index}"
+    try:
+        return source.path(index) if hasattr(source, "path") else f"sample {index}"
+    except UNREADABLE:  # where the name lies with the image
+        return f"sample {index}"
 
 
 def _line(source: Dataset, index: int, error: Exception) -> str:

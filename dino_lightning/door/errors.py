@@ -12,8 +12,8 @@ _REMEDIES = {
         "take fewer --data.num_workers or a smaller --data.batch_size"
     ),
     ("can't allocate memory", "out of memory"): (
-        "dino-lightning estimate, with the options of the run, says what needs how much: a smaller --data.batch_size (with "
-        "--trainer.accumulate_grad_batches for steps of as many images), fewer local crops or --trainer.precision bf16-mixed need less"
+        "a run needs less with a smaller --data.batch_size (and --trainer.accumulate_grad_batches), fewer local crops or --trainer.precision "
+        "bf16-mixed (dino-lightning estimate says what takes how much), a tool with a smaller --batch_size or --image_size"
     ),
     ("killed by signal", "exited unexpectedly"): (
         "a worker process of the loader is gone; if nobody ended it, the system did, for want of memory (dmesg says so): take fewer "

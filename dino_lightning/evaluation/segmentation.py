@@ -71,7 +71,8 @@ def discover_object(features: Tensor, k: int = 100) -> Discovered:
     among the ``k`` with the fewest, vote; what correlates with them is the object, as far as it hangs together with the seed.
 
     Args:
-        features: (D, h, w) of the patches. Those of an image have much in common: what counts is how they differ from their mean.
+        features: (D, h, w) of the patches. What those of an image have in common, their mean, is taken off first (the paper takes the keys of
+            the last block as they are).
         k: as above.
     """
     if features.ndim != 3:

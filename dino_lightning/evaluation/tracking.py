@@ -57,12 +57,12 @@ class Propagation:
         asked = features[:, top:end].flatten(1)  # (D, q)
         near = known[:, :, first:last].permute(1, 0, 2, 3).flatten(1)  # (D, n · rows · w)
         votes = labels[:, :, first:last].permute(1, 0, 2, 3).flatten(1)  # (C, n · rows · w)
-        affinity = (asked.T @ near / self.temperature).exp()
+        affinity = asked.T @ near / self.temperature
         y, x = (torch.arange(size, device=features.device) for size in (height, width))
         far = ((y[top:end, None] - y[first:last]).abs() > self.radius)[:, None, :, None] | ((x[:, None] - x).abs() > self.radius)[None, :, None]
-        affinity = affinity.unflatten(1, (len(known), -1)).masked_fill(far.flatten(2).flatten(0, 1)[:, None], 0).flatten(1)
-        weights, places = affinity.topk(min(self.k, affinity.shape[1]), dim=1)  # (q, k)
-        weights = weights / weights.sum(dim=1, keepdim=True)
+        affinity = affinity.unflatten(1, (len(known), -1)).masked_fill(far.flatten(2).flatten(0, 1)[:, None], -torch.inf).flatten(1)
+        best, places = affinity.topk(min(self.k, affinity.shape[1]), dim=1)  # (q, k)
+        weights = best.softmax(dim=1)  # exp(cosine / temperature), to a sum of 1
         return torch.einsum("cqk,qk->cq", votes[:, places], weights).unflatten(1, (end - top, width))
 
 

@@ -20,11 +20,11 @@ SQUARE_ROOTS = (1.0, 2**-0.5, 0.5)  # the sizes of multi-scale features
 def thumbnail(pixels: np.ndarray, longest: int) -> Tensor:
     """An image (H, W, C) of uint8 → (C, h, w) whose longer side is ``longest`` at most; it is never enlarged, and its shape stays.
 
-    By Pillow's ``thumbnail``, as in the reference.
+    By Pillow's ``thumbnail`` with its Lanczos filter, as in the reference.
     """
 
     def shrunk(image: Image.Image) -> Image.Image:
-        image.thumbnail((longest, longest))
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         return image
 
     return _by_pillow(pixels, shrunk)

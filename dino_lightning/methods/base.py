@@ -309,13 +309,13 @@ class Method(LightningModule):
         """Adds none; but it is the first hook of a run, and what is refused here leaves nothing behind, not even a logger's folder."""
         if self.trainer.state.fn == TrainerFn.FITTING:
             check_trainer(self.trainer, self.options["clip_grad"])
-            check_sharded(self.trainer, self.options)
+            check_sharded(self.trainer, self.options, self.trained)
         return []
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.options["clip_grad"])
-            check_sharded(self.trainer, self.options)
+            check_sharded(self.trainer, self.options, self.trained)
             settle(self.trainer.strategy, (self.trained, self.evaluated))
             if self.options.get("compile"):
                 self.compile()
@@ -329,7 +329,8 @@ class Method(LightningModule):
 
     def configure_model(self) -> None:
         """Distributes the networks where the strategy does (``training.sharding``)."""
-        if is_sharded(self._trainer) and not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
+        fits = is_sharded(self._trainer) and self._trainer.state.fn == TrainerFn.FITTING  # ranks predict different numbers of batches
+        if fits and not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             shard({self.trained, self.evaluated}, self.device_mesh["data_parallel"])
 
     def on_train_start(self) -> None:
@@ -419,7 +420,12 @@ class Method(LightningModule):
 
         Args:
             trainable: whether its parameters require gradients; call ``train()`` for stochastic depth.
+
+        Raises:
+            ValueError: if it is in shards (``strategy="sharded"``).
         """
+        if any(isinstance(parameter, DTensor) for parameter in self.evaluated.backbone.parameters()):
+            raise ValueError("this backbone is in shards over several devices; load_backbone(checkpoint) gives it whole")
         backbone = copy.deepcopy(self.evaluated.backbone).eval().requires_grad_(trainable)
         if getattr(backbone, "mask_token", None) is not None:
             backbone.mask_token.requires_grad_(False)  # it plays no part in features

@@ -1,5 +1,6 @@
 """``dino-lightning copies``: are edited copies of an image found among many others?"""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def copies(
     originals = listed(folder / _ORIGINAL)
     kinds: dict[str, list[Path]] = {}
     for path in listed(folder):
-        kinds.setdefault(path.parent.relative_to(folder.resolve()).as_posix(), []).append(path)
-    kinds.pop(_ORIGINAL)
+        kind = path.parent.relative_to(os.path.abspath(folder))
+        if kind.parts[:1] != (_ORIGINAL,):
+            kinds.setdefault(kind.as_posix(), []).append(path)
     if not kinds:
         raise FileNotFoundError(f"there are no copies in {folder}, only {_ORIGINAL}/")
     bank = originals + (listed(distractors) if distractors else [])

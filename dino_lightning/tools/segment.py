@@ -80,7 +80,7 @@ def segment(
     multiple = side_multiple(module.evaluated.backbone)
     asked = image_size or 2 * min(shown.size)
     shown = shown._replace(size=(max(multiple, asked // multiple * multiple),) * 2)
-    classes = 1 + max(_greatest(_mask(mask, found.shift)) for _, mask in tqdm(found.train, desc="masks", leave=False))
+    classes = 1 + max(_greatest(_mask(mask, found.shift)) for _, mask in tqdm(found.train + found.val, desc="masks", leave=False))
     if classes < 1:
         raise ValueError(f"the masks of {root} hold nothing but {_IGNORED}, which does not count")
     print(f"{found.layout}: {len(found.train)} images to learn from, {len(found.val)} to measure, {classes} classes, {shown.size[0]}×{shown.size[1]} pixels")
@@ -177,7 +177,7 @@ def _mask(path: Path, shift: int) -> np.ndarray:
     """(H, W) of uint8."""
     with Image.open(path) as image:
         mask = np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
-    return mask + np.uint8(shift % 256)  # 0 becomes 255 where it does not count
+    return np.where(mask == _IGNORED, _IGNORED, mask + np.uint8(shift % 256))  # 0 becomes 255 where it does not count
 
 
 def _greatest(mask: np.ndarray) -> int:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dino_lightning.data import ImageFolder
 from dino_lightning.data.shards import FACTS, INDEX
 from dino_lightning.listing import is_address
-from dino_lightning.tools.shrink import shrunk
+from dino_lightning.tools.shrink import check_sizes, shrunk
 from dino_lightning.training.randomness import generator
 
 _SPLITS = ("train", "val", "validation", "test")
@@ -42,6 +42,7 @@ def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = Non
     """
     if megabytes < 1:
         raise ValueError(f"megabytes must be at least 1, got {megabytes}")
+    check_sizes(512 if shorter is None else shorter, quality)
     if is_address(output) or is_address(root):
         raise ValueError(f"shard writes from folder to folder, got {root} and {output}; copy the folder of shards to its address afterwards")
     source, target = Path(root).resolve(), Path(output).resolve()
@@ -52,11 +53,11 @@ def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = Non
     workers = num_workers or os.cpu_count() or 1
     classes = None
     for images, shards in parts:
-        options = {"megabytes": megabytes, "shorter": shorter, "quality": quality, "seed": seed, "workers": workers}
-        classes = _write(images, shards, classes, options)
+        options = {"megabytes": megabytes, "shorter": shorter, "quality": quality, "seed": seed}
+        classes = _write(images, shards, classes, options, workers)
 
 
-def _write(root: Path, target: Path, classes: list[str] | None, options: dict[str, int | None]) -> list[str] | None:
+def _write(root: Path, target: Path, classes: list[str] | None, options: dict[str, int | None], workers: int) -> list[str] | None:
     try:
         from litdata import optimize
     except ModuleNotFoundError as error:
@@ -65,22 +66,26 @@ def _write(root: Path, target: Path, classes: list[str] | None, options: dict[st
     names = [os.path.relpath(folder.path(i), root) for i in range(len(folder))]
     facts = {"classes": folder.classes, "images": len(names), "names": _digest(names), **options}
     begun = target / ".begun.json"
-    if (target / INDEX).is_file() and json.loads((target / INDEX).read_text()).get(FACTS, {}).get("names") == facts["names"]:
+    written = _read(target / INDEX).get(FACTS)
+    if written is not None and {name: written.get(name) for name in facts} == facts:
         print(f"{target}: {len(names)} images are there already")
         return folder.classes
-    if target.exists() and any(target.iterdir()) and not (begun.is_file() and json.loads(begun.read_text()) == facts):
-        raise FileExistsError(f"{target} holds something else than these images; name a new folder, or remove it")
+    before = _read(begun)
+    if target.exists() and any(target.iterdir()) and {name: before.get(name) for name in facts} != facts:
+        raise FileExistsError(f"{target} holds something else than these images by these options; name a new folder, or remove it")
     target.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(facts))
+    workers = before.get("workers", workers)  # litdata goes on with as many only
+    _write_whole(begun, {**facts, "workers": workers})
     order = generator(options["seed"]).permutation(len(names)).tolist()
     labels = folder.labels if folder.labels is not None else np.full(len(names), -1)
     # Lists, as which litdata reads them again from what an interrupted command left.
     samples = [[str(root / names[i]), names[i], int(labels[i]), options["shorter"], options["quality"]] for i in order]
-    optimize(
-        _sample, samples, str(target), chunk_bytes=f"{options['megabytes']}MB", num_workers=min(options["workers"], len(samples)),
-        reorder_files=False, use_checkpoint=True, verbose=False,
-        start_method="fork" if sys.platform == "linux" else "spawn",  # of a process that has done nothing with torch
-    )  # fmt: skip
+    if not (target / INDEX).is_file():  # else interrupted behind it
+        optimize(
+            _sample, samples, str(target), chunk_bytes=f"{options['megabytes']}MB", num_workers=min(workers, len(samples)),
+            reorder_files=False, use_checkpoint=True, verbose=False,
+            start_method="fork" if sys.platform == "linux" else "spawn",  # of a process that has done nothing with torch
+        )  # fmt: skip
     index = json.loads((target / INDEX).read_text())
     sizes, lines = {}, []
     for chunk in tqdm(index["chunks"], desc="SHA-256", unit="shard", leave=False):
@@ -90,13 +95,26 @@ def _write(root: Path, target: Path, classes: list[str] | None, options: dict[st
         sizes[file.name] = file.stat().st_size
     (target / "SHA256SUMS").write_text("".join(lines))
     index[FACTS] = facts | {"bytes": sizes}
-    written = target / f".{INDEX}.partial"
-    written.write_text(json.dumps(index))
-    os.replace(written, target / INDEX)
+    _write_whole(target / INDEX, index)
     begun.unlink()
     shutil.rmtree(target / ".checkpoints", ignore_errors=True)
     print(f"{target}: {len(names)} images in {len(sizes)} shards, {sum(sizes.values()) / 1e6:.1f} MB")
     return folder.classes
+
+
+def _read(file: Path) -> dict:
+    """Empty where there is none, or a half-written one."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_whole(file: Path, content: dict) -> None:
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(partial, file)
 
 
 def _sample(what: list) -> dict[str, np.ndarray | int]:

@@ -30,10 +30,7 @@ def shrink(root: str, output: str, shorter: int = 512, quality: int = 95, num_wo
         quality: of JPEGs, up to 95.
         num_workers: threads; 0 is one for each core.
     """
-    if shorter < 1:
-        raise ValueError(f"shorter must be at least 1 pixel, got {shorter}")
-    if not 1 <= quality <= 95:
-        raise ValueError(f"quality must lie between 1 and 95, got {quality}")
+    check_sizes(shorter, quality)
     source, target = Path(root).resolve(), Path(output).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(f"output {output} and root {root} must lie outside of each other")
@@ -58,6 +55,14 @@ def shrink(root: str, output: str, shorter: int = 512, quality: int = 95, num_wo
     faster = _speedup(source, target, copied)
     if faster is not None:
         print(f"an image is read {faster:.1f} times as fast as before (the median of {min(_SAMPLE, len(copied))})")
+
+
+def check_sizes(shorter: int, quality: int) -> None:
+    """Raises ValueError for what no image can be made of."""
+    if shorter < 1:
+        raise ValueError(f"shorter must be at least 1 pixel, got {shorter}")
+    if not 1 <= quality <= 95:
+        raise ValueError(f"quality must lie between 1 and 95, got {quality}")
 
 
 def _copy(source: Path, target: Path, shorter: int, quality: int) -> None:

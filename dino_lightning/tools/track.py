@@ -143,7 +143,7 @@ class _Look(NamedTuple):
         patch = side_multiple(self.network)
         shorter = max(patch, self.side // patch * patch)
         step = self.coarse or patch
-        longer = max(shorter, int(shorter * max(height, width) / min(height, width)) // step * step)
+        longer = max(shorter, int(shorter * max(height, width) / min(height, width)) // step * step) // patch * patch
         return (longer, shorter) if height > width else (shorter, longer)
 
     def features(self, pixels: np.ndarray) -> Tensor:

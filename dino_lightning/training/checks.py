@@ -113,14 +113,20 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         )
 
 
-def check_sharded(trainer: Trainer, options: Mapping[str, Any]) -> None:
-    """Raises ValueError for what does not work on shards."""
+def check_sharded(trainer: Trainer, options: Mapping[str, Any], network: nn.Module) -> None:
+    """Raises ValueError for what does not work on shards of the trained network."""
     if not is_sharded(trainer):
         return
     wrong = {
         "optimizer='lars', whose step is scaled by norms of whole tensors; use adamw or sgd": options.get("optimizer") == "lars",
         "compile=true": bool(options.get("compile")),
         "precision='16-mixed'; use bf16-mixed": trainer.precision == "16-mixed",
+        "batch norms, whose statistics no strategy of FSDP2 shares; use ddp, or a ViT with a head without them": any(
+            isinstance(module, _BatchNorm) for module in network.modules()
+        ),
+        "SceneReport, which looks at the network on one rank; leave it out": any(
+            type(callback).__name__ == "SceneReport" for callback in trainer.callbacks
+        ),
     }
     for what, is_asked in wrong.items():
         if is_asked:

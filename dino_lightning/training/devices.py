@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +19,6 @@ def settle(strategy: Strategy, networks: Iterable[nn.Module]) -> None:
         has_statistics = any(isinstance(module, _BatchNorm) for network in networks for module in network.modules())
         for name, value in {"gradient_as_bucket_view": True, "broadcast_buffers": has_statistics}.items():
             strategy._ddp_kwargs.setdefault(name, value)
-    if strategy.root_device.type == "cuda":
+    if strategy.root_device.type == "cuda" and not isinstance(strategy, ModelParallelStrategy):  # which shards contiguous weights only
         for network in networks:
             network.to(memory_format=torch.channels_last)

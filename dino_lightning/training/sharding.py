@@ -42,8 +42,11 @@ class ShardedStrategy(ModelParallelStrategy):
     # Lightning's own two number the states of parameters otherwise than an optimizer does, and so take only each other's.
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """What ``optimizer.state_dict()`` is of whole tensors, on the CPU; empty but on rank 0."""
-        saved = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        state = {number: {name: _whole(value) for name, value in held.items()} for number, held in saved["state"].items()}
+        saved, state = getattr(optimizer, "_optimizer", optimizer).state_dict(), {}
+        for number, held in saved["state"].items():
+            whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()}  # all ranks together
+            if self.global_rank == 0:
+                state[number] = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole.items()}
         return {**saved, "state": state} if self.global_rank == 0 else {}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -56,17 +59,12 @@ class ShardedStrategy(ModelParallelStrategy):
                 for parameter, number in zip(group["params"], saved_group["params"], strict=True):
                     held = saved["state"].get(number, {})
                     state[number] = {name: _like(parameter, value) for name, value in held.items()}
-            optimizer.load_state_dict({**saved, "state": state})
+            groups = [{**group, "fused": None} for group in saved["param_groups"]]  # which another device may have had
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         return checkpoint
 
 
 StrategyRegistry.register("sharded", ShardedStrategy, description="FSDP2 for the methods of dino_lightning")
-
-
-def _whole(value: Any) -> Any:
-    """On all ranks together."""
-    value = value.full_tensor() if isinstance(value, DTensor) else value
-    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def _like(parameter: Tensor, value: Any) -> Any:
@@ -95,7 +93,8 @@ def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
                     fully_shard(block, mesh=mesh, reshard_after_forward=True)
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
             if isinstance(part, VisionTransformer):
-                register_fsdp_forward_method(part, "forward_features")
+                for method in ("forward_features", "forward_kept", "get_cls_attention", "get_last_selfattention"):
+                    register_fsdp_forward_method(part, method)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
