@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision, TorchSyncBatchNorm
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -245,6 +246,23 @@ def test_bf16_mixed_trains_close_to_float32():
     way = (ends["32-true"] - start).norm()
     apart = (ends["bf16-mixed"] - ends["32-true"]).norm() / way
     assert 0 < off < 0.05 and 0 < apart < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "strategy", "words"),
+    [
+        ({"use_bn_in_head": True}, "sharded", "batch norms, whose statistics no strategy of FSDP2 shares"),
+        ({"optimizer": "lars"}, "sharded", "optimizer='lars'"),
+        ({"compile": True}, "sharded", "compile=true"),
+        ({}, ModelParallelStrategy(), "use strategy='sharded', which is FSDP2, or 'ddp'"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(options, strategy, words):
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    module = DINOModule("vit_tiny", img_size=16, out_dim=8, hidden_dim=8, warmup_epochs=0, **options)
+    with pytest.raises(ValueError, match=words):
+        trainer.fit(module, torch.utils.data.DataLoader([[torch.rand(3, 16, 16)] * 2] * 2, batch_size=2))
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

@@ -40,7 +40,7 @@ def one(folder):
 def two(folder, one):
     """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
     scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "saving", "synced", "sick"]
-    scenarios += ["sharded", "sharded, resumed", "dinov2", "dinov2, sharded"]
+    scenarios += ["sharded", "sharded, resumed", "dinov2", "dinov2, sharded", "mae", "mae, sharded"]
     done = run_on_two(folder, *scenarios)
     assert done.returncode == 0, done.stderr
     results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
@@ -102,9 +102,10 @@ def test_a_checkpoint_of_shards_is_one_of_the_whole(folder, one, two):
     assert again["losses"] == pytest.approx(one["plain"]["losses"][3:], rel=1e-5)
 
 
-def test_dinov2_on_shards_equals_dinov2_on_whole_networks(two):
-    """And its blocks computed anew in the backward pass."""
-    for whole, sharded in zip(two[0]["dinov2"], two[0]["dinov2, sharded"]):
+@pytest.mark.parametrize("method", ["dinov2", "mae"])
+def test_other_methods_on_shards_are_what_they_are_on_whole_networks(two, method):
+    """DINOv2 also where its blocks are computed anew in the backward pass."""
+    for whole, sharded in zip(two[0][method], two[0][f"{method}, sharded"]):
         assert sharded["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         for key, value in whole["state"].items():
             if not key.endswith("qkv.bias"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from dino_lightning import DINOModule, DINOv2Module, MultiCropDataModule, VisionTransformer
+from dino_lightning import DINOModule, DINOv2Module, MAEModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.callbacks import CollapseDoctor, OnlineKNN, OnlineProbe, SaveEvery
 
 
@@ -104,7 +104,9 @@ def train(
     )  # fmt: skip
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=drop_path_rate)
     arguments = {"img_size": 32, "out_dim": 64, "hidden_dim": 32, "warmup_epochs": 1, "lr": 0.05, "activation_checkpointing": recomputed}
-    if method == "dinov2":
+    if method == "mae":
+        module = MAEModule(vit, img_size=32, decoder_dim=16, decoder_depth=1, decoder_heads=2, warmup_epochs=1)
+    elif method == "dinov2":
         module = DINOv2Module(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, mask_token=True), **arguments)
     else:
         module = DINOModule(backbone or vit, teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp, **arguments)
@@ -134,6 +136,8 @@ SCENARIOS = {
     "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 8},
     "sharded": {"strategy": "sharded", "enable_checkpointing": True},
     "sharded, resumed": {"strategy": "sharded", "ckpt_path": "step=3.ckpt", "batch_size": 1, "accumulate_grad_batches": 2, "limit_train_batches": 8},
+    "mae": {"method": "mae"},
+    "mae, sharded": {"method": "mae", "strategy": "sharded"},
     "dinov2": {"method": "dinov2"},
     "dinov2, sharded": {"method": "dinov2", "strategy": "sharded", "recomputed": True},
     "synced": {**RESNET, "plugins": [SyncOnCPUs()]},
