@@ -9,6 +9,7 @@ turned over, stretches zeroed or repeated, parts of other files put in. Then
   cannot be read alone.
 - configs are trained with for a step, checkpoints and exports are gone on with, read and adopted, each in a process of its own. It must
   end by itself within two minutes, with or without an error, and an error must be of ours: a line that says what is wrong, no traceback.
+  (A config that lost its network trains the default one, a ViT-S, whose steps take longer here: "trains, slowly".)
 
 Prints what did not hold, each with the command that shows it, and exits with 1 if there is anything. Linux only.
 """

@@ -22,7 +22,7 @@ from dino_lightning import VisionTransformer, load_backbone
 from dino_lightning.backbones import redrawn
 from dino_lightning.data import Scenes
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
-from dino_lightning.evaluation.tracking import Propagation, region_similarity, track
+from dino_lightning.evaluation.tracking import Propagation, region_similarity
 
 SIDE, FIRST = 128, 3 * 10**6  # pixels of a frame; scenes that no quickstart trains or measures on
 
@@ -58,7 +58,8 @@ def followed(backbone: nn.Module, frames: Tensor, first: np.ndarray, side: int) 
     features = (backbone.forward_features(normalize(frame[None], IMAGENET_MEAN, IMAGENET_STD))[0].patches[0] for frame in large)
     patches = side // backbone.patch_size
     known = F.interpolate(torch.from_numpy(first)[None, None].float(), (patches, patches), mode="area")[0]
-    *_, last = track(features, torch.cat([1 - known, known]))
+    propagation = Propagation(next(features), torch.cat([1 - known, known]))
+    *_, last = map(propagation, features)
     whole = F.interpolate(last[None], frames.shape[-2:], mode="bilinear")[0]
     return (whole[1] > whole[0]).numpy()
 

@@ -85,7 +85,7 @@ def names_hash(paths: Iterable[str]) -> str:
     for path in paths:
         name = os.fsencode(path)
         if b"\n" in name or b"\r" in name:
-            raise ValueError(f"the name {path!r} has a line break, and paths.txt a line for each image; rename it")
+            raise ValueError(f"the name {path!r} has a line break, and lists of images have a line for each; rename it")
         digest.update(name + b"\n")
     return digest.hexdigest()
 

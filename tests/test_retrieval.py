@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dino_lightning import VisionTransformer
 from dino_lightning.__main__ import main
 from dino_lightning.evaluation.retrieval import Whitening, average_precision, gem, rank, score
-from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity, track
+from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity
 from dino_lightning.evaluation.whole import SQUARE_ROOTS, thumbnail, whole_features
 from dino_lightning.tools import copies, retrieval
 from dino_lightning.tools.checkpoint import load_module
@@ -96,8 +96,8 @@ def test_labels_are_carried_on_as_an_explicit_loop_would(n, radius, k, monkeypat
     random = torch.Generator().manual_seed(0)
     frames = list(torch.randn(5, 6, 5, 4, generator=random))
     first = torch.rand(3, 5, 4, generator=random)
-    found = list(track(iter(frames), first, frames=n, radius=radius, k=k))
-    for mine, expected in zip(found, brute_force(frames, first, n, radius, k, 0.1), strict=True):
+    propagation = Propagation(frames[0], first, frames=n, radius=radius, k=k)
+    for mine, expected in zip(map(propagation, frames[1:]), brute_force(frames, first, n, radius, k, 0.1), strict=True):
         torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
 
 

@@ -46,7 +46,7 @@ def test_shards_hold_the_folder_here_and_at_an_address(folder, tmp_path):
         images = open_images(folder / "images" / split)
         where = {os.path.relpath(images.path(i), images.root): i for i in range(len(images))}
         here, there = open_images(folder / "shards" / split), Shards(f"local:{folder}/shards/{split}", cache=str(tmp_path))
-        assert isinstance(here, Shards) and len(here) == len(there) == len(images) and len(here.blocks) == 3
+        assert isinstance(here, Shards) and len(here) == len(there) == len(images) and len(here.shard_ends) == 3
         names = [here.path(i).removeprefix(f"{here.root}/") for i in range(len(here))]
         assert sorted(names) == sorted(where) != names
         for i, name in enumerate(names):
@@ -78,8 +78,8 @@ def test_the_order_takes_one_shard_after_the_other(folder):
     for epoch in range(3):
         order = EpochSampler(shards, 4, seed=1)._order(epoch)
         assert sorted(order) == list(range(len(shards)))
-        of_block = np.searchsorted(shards.blocks, order, side="right")
-        assert (np.diff(of_block) != 0).sum() == len(shards.blocks) - 2
+        of_block = np.searchsorted(shards.shard_ends, order, side="right")
+        assert (np.diff(of_block) != 0).sum() == len(shards.shard_ends) - 2
     ranks = [EpochSampler(shards, 2, num_replicas=2, rank=rank, seed=1) for rank in range(2)]
     assert isinstance(ranks[0], DistributedSampler)
     together = [index for pair in zip(*ranks) for index in pair]

@@ -54,7 +54,7 @@ def tars(tmp_path):
 
 def test_tars_are_their_images(tars):
     source = Tars(str(tars))
-    assert len(source) == 6 and source.blocks.tolist() == [0, 3, 6]
+    assert len(source) == 6 and source.shard_ends.tolist() == [0, 3, 6]
     for i, number in enumerate((1, 2, 3, 11, 12, 13)):
         image, label = pickle.loads(pickle.dumps(source))[i]
         assert np.array_equal(image, pixels(number)) and label == number % 10

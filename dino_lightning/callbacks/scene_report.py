@@ -18,6 +18,7 @@ from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.attention import mask_iou, mass_mask
 from dino_lightning.evaluation.features import raw_pixels
 from dino_lightning.pictures import cut_out, heat_map, rgb, sheet
+from dino_lightning.training.sharding import is_sharded
 
 _QUERIES_FIRST = 2 * 10**6  # far from any training scene
 _SHOWN = 6
@@ -62,6 +63,8 @@ class SceneReport(Callback):
                 "SceneReport is for runs of a VisionTransformer on dino_lightning.data.Scenes in colour, got "
                 f"{type(backbone).__name__} on {type(scenes).__name__}; leave this callback out"
             )
+        if is_sharded(trainer):
+            raise ValueError("SceneReport looks at the whole network, of which each rank of strategy='sharded' has a part; leave one of them out")
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self._bank = Scenes(min(self.bank, len(scenes)), scenes.first, scenes.side).tensors()

@@ -82,12 +82,19 @@ def read_image(
     """
     name = os.fspath(path)
     with watched(name):
-        with _errors_naming(name):
-            if not stat.S_ISREG(os.stat(name).st_mode):
-                raise OSError("a pipe, a device or a folder, from which nothing may ever come")
-            with open(name, "rb") as file:
-                data = file.read()
-        return decode_image(data, name, in_chans, reduction)
+        return decode_image(read_file(name), name, in_chans, reduction)
+
+
+def read_file(name: str) -> bytes:
+    """What a file of an image holds.
+
+    Raises UnreadableImage where that may take for ever (a pipe, a device) or cannot be.
+    """
+    with _errors_naming(name):
+        if not stat.S_ISREG(os.stat(name).st_mode):
+            raise OSError("a pipe, a device or a folder, from which nothing may ever come")
+        with open(name, "rb") as file:
+            return file.read()
 
 
 def decode_image(data: bytes, name: str, in_chans: int = 3, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:

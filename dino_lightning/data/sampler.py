@@ -44,12 +44,12 @@ class EpochSampler(DistributedSampler):
         return ((epoch, int(index)) for index in mine[batches * self.batch_size :])
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Of all images; of a dataset in blocks (``data.shards``) block by block, each in an order of its own."""
+        """Of all images; of a dataset in shards (``data.shards``) one shard after the other, each in an order of its own."""
         random = generator(self.seed, epoch)
-        blocks = getattr(self.dataset, "blocks", None)
-        if blocks is None:
+        ends = getattr(self.dataset, "shard_ends", None)
+        if ends is None:
             return random.permutation(len(self.dataset))
-        return np.concatenate([blocks[i] + random.permutation(blocks[i + 1] - blocks[i]) for i in random.permutation(len(blocks) - 1)])
+        return np.concatenate([ends[i] + random.permutation(ends[i + 1] - ends[i]) for i in random.permutation(len(ends) - 1)])
 
 
 class OrderedSampler(EpochSampler, SequentialSampler):

@@ -4,24 +4,25 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from dino_lightning.data.decode import decode_image
+from dino_lightning.data.slow_reads import watched
 from dino_lightning.listing import is_address
 
 INDEX = "index.json"  # litdata's, in which ours stand under this key:
 FACTS = "dino_lightning"
 _FORMATS = ("int", "no_header_numpy")  # of litdata, for a sample's label and for its image and name
-_EXTRA = "shards need litdata: pip install 'dino-lightning[shards]'"
 
 
 class Shards(Dataset):
     """Every image of a folder of shards; item i is (uint8 array (H, W, in_chans), label), as of the ``ImageFolder`` they were made of.
 
-    They lie in a random order that never changes. ``blocks`` says where they part, so that a sampler can draw each shard as a whole.
+    They lie in a random order that never changes. ``shard_ends`` says where they part, so that a sampler can draw each shard as a whole.
 
     Args:
         root: a folder, or any address that litdata takes (``s3://bucket/shards``, ``gs://...``). Credentials are where its libraries
@@ -57,10 +58,10 @@ class Shards(Dataset):
         self.classes = list(classes) if classes is not None else own
         known = {name: label for label, name in enumerate(self.classes or [])}
         self._labels = [known[name] for name in own or []]  # by the labels in the shards
-        self.blocks = np.cumsum([0, *(chunk["chunk_size"] for chunk in index["chunks"])])
+        self.shard_ends = np.cumsum([0, *(chunk["chunk_size"] for chunk in index["chunks"])])
 
     def __len__(self) -> int:
-        return int(self.blocks[-1])
+        return int(self.shard_ends[-1])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.reduced(index, None)
@@ -83,14 +84,11 @@ class Shards(Dataset):
             if is_address(self.root):
                 self._stream[index]  # makes its cache
                 self._stream.on_demand_bytes = False  # whole shards are fetched, not image by image
-        return self._stream[index]
+        with watched(f"{self.root}, image {index}"):
+            return self._stream[index]
 
     def _open(self) -> Any:
-        try:
-            from litdata import StreamingDataset
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(_EXTRA, name="litdata") from error
-        return StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
+        return import_litdata().StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
 
     def _index(self) -> dict[str, Any]:
         """Of litdata, with ours, both checked."""
@@ -125,6 +123,15 @@ def _check(index: Any, root: str) -> None:
         is_ours = False
     if not is_ours:
         raise ValueError(f"{root} holds samples of another kind; make shards of the images with dino-lightning shard")
+
+
+def import_litdata() -> ModuleType:
+    """litdata, or an error that says how to install it."""
+    try:
+        import litdata
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("shards need litdata: pip install 'dino-lightning[shards]'", name="litdata") from error
+    return litdata
 
 
 def is_shards(root: str | os.PathLike[str]) -> bool:

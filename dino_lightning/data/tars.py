@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from dino_lightning.data.decode import decode_image
 from dino_lightning.data.image_folder import pack_names
+from dino_lightning.data.slow_reads import watched
 from dino_lightning.listing import IMAGE_EXTENSIONS
 
 _OPEN = 64  # tar files at a time in a process
@@ -20,8 +21,8 @@ class Tars(Dataset):
     """Every image in some tar files of this machine, sorted by their names; item i is (uint8 array (H, W, in_chans), label).
 
     Of the files of one sample, which share a name up to its first dot, the image is the first one by its extension, the label the
-    whole number in ``.cls``, -1 without. ``blocks`` says where the tar files part, so that a sampler can draw each as a whole. All
-    headers are read once at the start.
+    whole number in ``.cls``, -1 without. ``shard_ends`` says where the tar files part, so that a sampler can draw each as a whole:
+    what lies in one should be a mixture, as a batch is. All headers are read once at the start.
 
     Args:
         files: names, or one pattern such as ``tars/train-*.tar``.
@@ -47,7 +48,7 @@ class Tars(Dataset):
             raise FileNotFoundError(f"no images in {len(self.files)} tar files {files!r}: check the pattern")
         self._places = np.array(places, np.int64)  # an array is not copied into the workers, page by page, as a list would be
         self._names, self._ends = pack_names(names)
-        self.blocks = np.array(ends)
+        self.shard_ends = np.array(ends)
         self._streams: OrderedDict[int, int] = OrderedDict()  # file descriptors
         self._of_process = os.getpid()
 
@@ -60,7 +61,9 @@ class Tars(Dataset):
     def reduced(self, index: int, reduction: Callable[[int, int], int] | None) -> tuple[np.ndarray, int]:
         """Item ``index``, if it is a large JPEG reduced as far as ``reduction`` allows (``read_image``)."""
         number, offset, size, label = self._places[index].tolist()
-        return decode_image(os.pread(self._descriptor(number), size, offset), self.path(index), self.in_chans, reduction), label
+        name = self.path(index)
+        with watched(name):
+            return decode_image(os.pread(self._descriptor(number), size, offset), name, self.in_chans, reduction), label
 
     def path(self, index: int) -> str:
         """Of the tar file, and of the image in it."""

@@ -55,8 +55,10 @@ def score(
         trapezoid: as for ``average_precision``.
 
     Raises:
-        ValueError: if no query has positives.
+        ValueError: if no query has positives, or a rank is below 1.
     """
+    if min(at, default=1) < 1:
+        raise ValueError(f"ranks to give the precision at begin with 1, got {tuple(at)}")
     aps, precisions = np.full(len(order), np.nan), np.full((len(order), len(at)), np.nan)
     for query, ranked in enumerate(order):
         wanted = np.unique(positives[query])
@@ -77,8 +79,8 @@ def score(
 
 def rank(bank: Tensor, queries: Tensor, n: int | None = None) -> np.ndarray:
     """The images of a bank (N, D) for each query (Q, D) by falling inner product, the first ``n`` or all (Q, n); of equals the lower first."""
-    found = [(some @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :n] for some in queries.split(1024)]
-    return torch.cat(found).cpu().numpy()
+    found = [(some @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :n].int().cpu() for some in queries.split(1024)]
+    return torch.cat(found).numpy()
 
 
 def gem(patches: Tensor, p: float = 4.0, least: float = 1e-6) -> Tensor:

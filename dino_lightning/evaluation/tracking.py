@@ -2,7 +2,6 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -64,21 +63,6 @@ class Propagation:
         best, places = affinity.topk(min(self.k, affinity.shape[1]), dim=1)  # (q, k)
         weights = best.softmax(dim=1)  # exp(cosine / temperature), to a sum of 1
         return torch.einsum("cqk,qk->cq", votes[:, places], weights).unflatten(1, (end - top, width))
-
-
-def track(
-    features: Iterable[Tensor], labels: Tensor, *, frames: int = 7, radius: int = 12, k: int = 5, temperature: float = 0.1
-) -> Iterator[Tensor]:
-    """The labels (C, h, w) of every frame but the first, whose ``labels`` are given, as the features (D, h, w) of all frames come.
-
-    What is kept are the first and the latest ``frames``, however long the film.
-    """
-    propagation = None
-    for places in features:
-        if propagation is None:
-            propagation = Propagation(places, labels, frames, radius, k, temperature)
-        else:
-            yield propagation(places)
 
 
 def region_similarity(found: np.ndarray, truth: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones import VisionTransformer, features_at
 from dino_lightning.evaluation.retrieval import gem
 from dino_lightning.evaluation.spatial import spatial_features
 
@@ -62,7 +62,7 @@ def whole_features(backbone: nn.Module, images: Tensor, scales: Sequence[float] 
         if height > scaled.shape[-2] or width > scaled.shape[-1]:
             scaled = F.interpolate(scaled, (height, width), mode="bilinear", align_corners=False)  # smaller than one patch
         scaled = scaled[..., :height, :width]
-        parts = [backbone(scaled).float()] if pooling.startswith("cls") else []
+        parts = [features_at(backbone, scaled).float()] if pooling.startswith("cls") else []
         if pooling.endswith("gem"):
             parts.append(gem(spatial_features(backbone, scaled)))
         total = total + torch.cat(parts, dim=1)

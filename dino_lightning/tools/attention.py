@@ -18,6 +18,7 @@ from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features, spatial_maps
 from dino_lightning.pictures import attention_sheet, pca_sheet
 from dino_lightning.tools.checkpoint import images_of, load_module, untrained
+from dino_lightning.tools.masks import read_mask
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +91,7 @@ def attention(
         drawn = [spatial_maps(network, network_input) for network in networks]
         maps = torch.cat([one.maps.cpu() for one in drawn])  # (networks, heads, h, w)
         if truth is not None:
-            overlap = best_head_iou(maps[:1], _read_mask(truth, pixels.shape[:2])[None], mass).item()
+            overlap = best_head_iou(maps[:1], _marked(truth, pixels.shape[:2])[None], mass).item()
             caption = f"{name}\nIoU {overlap:.2f}" + "\n(best head)" * (len(drawn[0].names) > 1)
         title = f"{image.shape[1]} by {image.shape[2]} pixels; masks: the patches that hold {mass:.0%} of {drawn[0].what}"
         path = _free(Path(output), Path(name).stem, overlaps)
@@ -141,16 +142,12 @@ def _find_mask(masks: Path, name: str) -> Path:
     return found[0]
 
 
-def _read_mask(path: Path, size: tuple[int, int]) -> Tensor:
+def _marked(path: Path, size: tuple[int, int]) -> Tensor:
     """bool (H, W), of the part of the image that ``whole_view`` shows."""
-    levels = np.asarray(Image.open(path))
-    if levels.ndim != 2:
-        raise ValueError(f"the mask {path} has colours or transparency; save it with one channel, 0 where no object is")
-    if levels.shape != size:
-        raise ValueError(f"the mask {path} has {levels.shape[0]}×{levels.shape[1]} pixels, but its image {size[0]}×{size[1]}")
-    if not levels.any():
+    mask = read_mask(path, size) > 0
+    if not mask.any():
         raise ValueError(f"the mask {path} marks nothing")
-    return trim(torch.from_numpy(levels > 0))
+    return trim(torch.from_numpy(mask))
 
 
 def _free(folder: Path, stem: str, taken: dict[str, float | None]) -> Path:

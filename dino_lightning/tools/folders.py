@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from dino_lightning.data import ImageFolder, Shards, open_images
+from dino_lightning.data import ImageFolder, Shards, find_splits, open_images
+from dino_lightning.data.roots import split_name
+from dino_lightning.listing import is_address
 
 
 def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[ImageFolder | Shards, ImageFolder | Shards]:
@@ -12,6 +14,13 @@ def labelled_folders(root: str, queries: str | None, in_chans: int) -> tuple[Ima
         FileNotFoundError: if one of them is missing.
         ValueError: if train/ has no class folders, or the queries have other ones.
     """
+    if is_address(root):
+        below, found = find_splits(root)
+        query = next((split for split in found if queries in (None, split_name(split))), None)
+        if query is None:
+            raise FileNotFoundError(f"there are no shards of queries at {root}; looked for {queries or 'val, validation, test'}")
+        train = open_images(below, in_chans)
+        return train, open_images(query, in_chans, train.classes)
     names = [queries] if queries else ["val", "validation", "test"]
     folder = next((Path(root) / name for name in names if (Path(root) / name).is_dir()), None)
     if folder is None:

@@ -19,6 +19,7 @@ from dino_lightning.evaluation.spatial import side_multiple, spatial_features
 from dino_lightning.evaluation.whole import squeezed
 from dino_lightning.listing import list_images
 from dino_lightning.tools.checkpoint import Images, images_of, load_module, untrained
+from dino_lightning.tools.masks import read_mask
 from dino_lightning.training.randomness import generator
 
 _IGNORED = 255  # in masks of VOC, and of ADE20K once its 0 is that
@@ -173,10 +174,9 @@ def _all_there(pairs: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     return list(pairs)
 
 
-def _mask(path: Path, shift: int) -> np.ndarray:
+def _mask(path: Path, shift: int, size: tuple[int, int] | None = None) -> np.ndarray:
     """(H, W) of uint8."""
-    with Image.open(path) as image:
-        mask = np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
+    mask = read_mask(path, size)
     return np.where(mask == _IGNORED, _IGNORED, mask + np.uint8(shift % 256))  # 0 becomes 255 where it does not count
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dino_lightning.data import ImageFolder
-from dino_lightning.data.shards import FACTS, INDEX
+from dino_lightning.data import ImageFolder, find_splits
+from dino_lightning.data.decode import read_file
+from dino_lightning.data.shards import FACTS, INDEX, import_litdata
+from dino_lightning.finished import names_hash
 from dino_lightning.listing import is_address
 from dino_lightning.tools.shrink import check_sizes, shrunk
 from dino_lightning.training.randomness import generator
-
-_SPLITS = ("train", "val", "validation", "test")
 
 
 def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = None, quality: int = 95, num_workers: int = 0, seed: int = 0) -> None:
@@ -48,23 +48,18 @@ def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = Non
     source, target = Path(root).resolve(), Path(output).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(f"output {output} and root {root} must lie outside of each other")
-    splits = [name for name in _SPLITS if (source / name).is_dir()]
-    parts = [(source / name, target / name) for name in splits] if splits[:1] == ["train"] and len(splits) > 1 else [(source, target)]
-    workers = num_workers or os.cpu_count() or 1
+    train, queries = find_splits(source)
+    options = {"megabytes": megabytes, "shorter": shorter, "quality": quality, "seed": seed}
     classes = None
-    for images, shards in parts:
-        options = {"megabytes": megabytes, "shorter": shorter, "quality": quality, "seed": seed}
-        classes = _write(images, shards, classes, options, workers)
+    for images in (train, *queries):
+        classes = _write(images, target / images.relative_to(source), classes, options, num_workers or os.cpu_count() or 1)
 
 
 def _write(root: Path, target: Path, classes: list[str] | None, options: dict[str, int | None], workers: int) -> list[str] | None:
-    try:
-        from litdata import optimize
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("shards need litdata: pip install 'dino-lightning[shards]'", name="litdata") from error
+    litdata = import_litdata()
     folder = ImageFolder(root, classes=classes)
     names = [os.path.relpath(folder.path(i), root) for i in range(len(folder))]
-    facts = {"classes": folder.classes, "images": len(names), "names": _digest(names), **options}
+    facts = {"classes": folder.classes, "images": len(names), "names": names_hash(names), **options}
     begun = target / ".begun.json"
     written = _read(target / INDEX).get(FACTS)
     if written is not None and {name: written.get(name) for name in facts} == facts:
@@ -81,7 +76,7 @@ def _write(root: Path, target: Path, classes: list[str] | None, options: dict[st
     # Lists, as which litdata reads them again from what an interrupted command left.
     samples = [[str(root / names[i]), names[i], int(labels[i]), options["shorter"], options["quality"]] for i in order]
     if not (target / INDEX).is_file():  # else interrupted behind it
-        optimize(
+        litdata.optimize(
             _sample, samples, str(target), chunk_bytes=f"{options['megabytes']}MB", num_workers=min(workers, len(samples)),
             reorder_files=False, use_checkpoint=True, verbose=False,
             start_method="fork" if sys.platform == "linux" else "spawn",  # of a process that has done nothing with torch
@@ -120,12 +115,8 @@ def _write_whole(file: Path, content: dict) -> None:
 def _sample(what: list) -> dict[str, np.ndarray | int]:
     """Arrays, since litdata takes text that names a file for what the file holds."""
     path, name, label, shorter, quality = what
-    data = Path(path).read_bytes()
-    if shorter:
-        with contextlib.suppress(Exception):  # one that cannot be read is for training to name
-            data = shrunk(Path(path), shorter, quality)
+    data = b""
+    with contextlib.suppress(Exception):  # what cannot be read is for training to name
+        data = read_file(path)
+        data = shrunk(Path(path), shorter, quality) if shorter else data
     return {"image": np.frombuffer(data, np.uint8), "label": label, "name": np.frombuffer(os.fsencode(name), np.uint8)}
-
-
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from dino_lightning.data import UnreadableImage, read_image
+from dino_lightning.data.decode import read_file
 from dino_lightning.listing import list_images
 
 _SAMPLE = 16  # images whose reading is timed
@@ -82,9 +83,10 @@ def shrunk(path: Path, shorter: int, quality: int) -> bytes:
     Raises:
         Exception: of any kind, if it cannot be read.
     """
-    small = None if path.suffix.lower() == ".npy" else _smaller(path, shorter)
+    data = read_file(str(path))
+    small = None if path.suffix.lower() == ".npy" else _smaller(data, shorter)
     if small is None:
-        return path.read_bytes()
+        return data
     image, form, profile = small
     options = {"quality": quality, "subsampling": "4:2:0"} if form == "JPEG" else {}
     buffer = io.BytesIO()
@@ -92,9 +94,9 @@ def shrunk(path: Path, shorter: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _smaller(path: Path, shorter: int) -> tuple[Image.Image, str, bytes | None] | None:
+def _smaller(data: bytes, shorter: int) -> tuple[Image.Image, str, bytes | None] | None:
     """The image upright with this shorter side, its format and colour profile; None where it stays as it is."""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(data)) as image:
         form, profile = image.format, image.info.get("icc_profile")
         scale = shorter / min(image.size)
         if scale >= 1:

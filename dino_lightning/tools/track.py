@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dino_lightning.data.decode import UnreadableImage
 from dino_lightning.data.frames import FolderFrames, VideoFrames, open_frames
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features
 from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity
 from dino_lightning.tools.checkpoint import images_of, load_module, untrained
 from dino_lightning.tools.films import FOLDER_RATE, film_writer
+from dino_lightning.tools.masks import read_mask
 
 _DAVIS_SIDE, _DAVIS_STD = 480, (0.228, 0.224, 0.225)  # of the reference, whose first deviation is not ImageNet's
 _DAVIS_LIST = Path("ImageSets", "2017", "val.txt")
@@ -84,6 +84,10 @@ def track(
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
         raise FileExistsError(f"{output} exists and is no empty folder; choose another output")
+    if fps is not None and not 0.1 <= fps <= 1000:
+        raise ValueError(f"fps must lie between 0.1 and 1000 frames per second, got {fps}")
+    if compare and not (is_davis or truth):
+        raise ValueError("--compare measures, and needs --truth FOLDER, masks of all frames")
     vote = _Vote(latest, radius, k, temperature)
     module = load_module(checkpoint)
     asked = image_size or (_DAVIS_SIDE if is_davis else None)
@@ -97,13 +101,14 @@ def track(
     objects: dict[str, list[tuple[float, float]]] = {title: [] for title in networks}
     count = 0
     for film in films:
-        first = _read_mask(film.mask)
+        first = read_mask(film.mask)
         numbers = [label for label in np.unique(first).tolist() if label]
         if not numbers:
             raise ValueError(f"the mask {film.mask} marks nothing: all its pixels are 0")
         for title, network in networks.items():
             look = _Look(network, module.device, shown.mean, shown.std, side, _COARSE if is_davis else None)
-            followed = _followed(look, film.frames.named(shown.in_chans), first, vote)
+            begin = film.frames.paths[0].stem if isinstance(film.frames, FolderFrames) else None
+            followed = _followed(look, film.frames.named(shown.in_chans), begin, first, vote)
             bar = tqdm(followed, desc=" ".join(filter(None, (film.name, title))), total=film.frames.count, leave=False)
             folder = Path(output) / film.name if title == "trained" else None
             found = _measured(bar, film, numbers, folder, fps or film.frames.rate or FOLDER_RATE)
@@ -153,20 +158,24 @@ class _Look(NamedTuple):
 
 
 def _followed(
-    look: _Look, frames: Iterable[tuple[str, np.ndarray]], first: np.ndarray, vote: _Vote
+    look: _Look, frames: Iterable[tuple[str, np.ndarray]], begin: str | None, first: np.ndarray, vote: _Vote
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Each frame's name, pixels (H, W, C) and objects (H, W), the first one's as given."""
+    """Each frame's name, pixels (H, W, C) and objects (H, W), the ``first`` one's as given; its name is ``begin``, where that is known."""
     propagation, labels = None, int(first.max()) + 1
     for name, pixels in frames:
         if propagation is None:
             if pixels.shape[:2] != first.shape:
                 raise ValueError(f"the mask has {first.shape[1]}×{first.shape[0]} pixels, the first frame {pixels.shape[1]}×{pixels.shape[0]}")
+            if begin not in (None, name):
+                raise ValueError(f"the first frame, {begin}, cannot be read, and the mask is of it")
             features = look.features(pixels)
             small = Image.fromarray(first).resize(features.shape[:0:-1], Image.Resampling.NEAREST)
             known = F.one_hot(torch.from_numpy(np.array(small)).long(), labels).permute(2, 0, 1).float().to(features.device)
             propagation = Propagation(features, known, *vote)
             yield name, pixels, first
             continue
+        if pixels.shape[:2] != first.shape:
+            raise ValueError(f"the frame {name} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the first one {first.shape[1]}×{first.shape[0]}")
         found = propagation(look.features(pixels))
         size = look.size(*pixels.shape[:2])
         whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]
@@ -191,7 +200,7 @@ def _measured(
                 write = write or stack.enter_context(film_writer(_film_name(folder), pixels.shape[1::-1], rate))
                 write(_overlay(pixels, found))
             if name in measured:
-                true = _read_mask(measured[name], pixels.shape[:2])
+                true = read_mask(measured[name], pixels.shape[:2])
                 for label in objects:
                     one, other = found == label, true == label
                     scores.setdefault(label, []).append((region_similarity(one, other), contour_accuracy(one, other)))
@@ -205,28 +214,14 @@ def _measured(
 
 def _davis(root: Path) -> Iterator[_Film]:
     for name in (root / _DAVIS_LIST).read_text(encoding="utf-8").split():
+        if Path(name).name != name:  # it names a folder of the output, too
+            raise ValueError(f"{root / _DAVIS_LIST} names {name!r}, which is no name of a film")
         masks = _masks(root / "Annotations" / "480p" / name)
         yield _Film(name, FolderFrames(root / "JPEGImages" / "480p" / name), next(iter(masks.values())), masks)
 
 
 def _masks(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in FolderFrames(folder).paths}
-
-
-def _read_mask(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """(H, W) of uint8: numbers of objects; those of a palette's entries where it has one.
-
-    Raises:
-        ValueError: if it has another size than this.
-    """
-    try:
-        with Image.open(path) as image:
-            mask = np.array(image if image.mode in ("P", "L", "1") else image.convert("L")).astype(np.uint8)
-    except (OSError, SyntaxError) as error:
-        raise UnreadableImage(str(path), str(error)) from error
-    if size is not None and mask.shape != size:
-        raise ValueError(f"the mask {path} has {mask.shape[1]}×{mask.shape[0]} pixels, its frame {size[1]}×{size[0]}")
-    return mask
 
 
 def _film_name(folder: Path) -> Path:

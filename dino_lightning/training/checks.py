@@ -124,9 +124,6 @@ def check_sharded(trainer: Trainer, options: Mapping[str, Any], network: nn.Modu
         "batch norms, whose statistics no strategy of FSDP2 shares; use ddp, or a ViT with a head without them": any(
             isinstance(module, _BatchNorm) for module in network.modules()
         ),
-        "SceneReport, which looks at the network on one rank; leave it out": any(
-            type(callback).__name__ == "SceneReport" for callback in trainer.callbacks
-        ),
     }
     for what, is_asked in wrong.items():
         if is_asked:
