@@ -26,9 +26,10 @@ SMALL = {"global_crops_size": 16, "local_crops_number": 0, "batch_size": 4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """train/ and val/ of two classes, one image of which is unreadable, and their shards, two of each."""
+    """train/ and val/ of two classes, one image of which is broken and one a pipe, and their shards, two of each."""
     root = write_labelled(tmp_path_factory.mktemp("shards"))
     (root / "images" / "train" / "class1" / "broken.jpg").write_text("no image")
+    os.mkfifo(root / "images" / "train" / "class1" / "pipe.jpg")
     main(["shard", "--root", str(root / "images"), "--output", str(root / "shards"), "--num_workers", "2"])
     return root
 
@@ -50,7 +51,7 @@ def test_shards_hold_the_folder_here_and_at_an_address(folder, tmp_path):
         names = [here.path(i).removeprefix(f"{here.root}/") for i in range(len(here))]
         assert sorted(names) == sorted(where) != names
         for i, name in enumerate(names):
-            if name.endswith("broken.jpg"):
+            if name.endswith(("broken.jpg", "pipe.jpg")):
                 continue
             (pixels, label), *others = images[where[name]], here[i], there[i]
             assert all(np.array_equal(pixels, other) and label == same for other, same in others)
@@ -69,8 +70,8 @@ def test_training_is_a_function_of_seed_and_epoch(folder):
             assert torch.equal(labels, same_labels) and all(map(torch.equal, views, same))
     first = batches(folder / "shards", num_workers=0)
     assert not torch.equal(first[0][0][0], here[0][0][0])
-    (line,) = [line for _, _, lines in first for line in lines]
-    assert line.startswith(f"{folder}/shards/train/class1/broken.jpg: not an image")
+    lines = {line.partition(":")[0].removeprefix(f"{folder}/shards/train/class1/") for _, _, lines in first for line in lines}
+    assert lines == {"broken.jpg", "pipe.jpg"}
 
 
 def test_the_order_takes_one_shard_after_the_other(folder):
@@ -92,9 +93,11 @@ def test_a_run_on_shards_is_monitored_and_the_tools_take_them(folder, tmp_path, 
     options |= {f"data.{name}": value for name, value in SMALL.items()} | {"trainer.max_epochs": 2, "trainer.accelerator": "cpu"}
     main(["fit", f"--data.root={folder}/shards", f"--trainer.default_root_dir={tmp_path}", *(f"--{name}={value}" for name, value in options.items())])
     said = capsys.readouterr()
-    assert "19 in 2 classes" in said.out + said.err and "val asked for the k-NN accuracy" in said.out + said.err
+    assert "20 in 2 classes" in said.out + said.err and "val asked for the k-NN accuracy" in said.out + said.err
     main(["knn", "--checkpoint", str(next(tmp_path.rglob("last.ckpt"))), "--root", f"{folder}/shards", "--k", "3"])
-    assert "7 queries of" in capsys.readouterr().out
+    here = capsys.readouterr().out
+    main(["knn", "--checkpoint", str(next(tmp_path.rglob("last.ckpt"))), "--root", f"local:{folder}/shards", "--k", "3"])
+    assert "7 queries of" in here and here.splitlines()[1:] == capsys.readouterr().out.splitlines()[1:], "at an address too"
 
 
 @pytest.mark.slow

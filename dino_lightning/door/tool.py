@@ -15,6 +15,7 @@ from dino_lightning.door.arguments import options, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.faces import LIKE_FIT, own_options, tools
 from dino_lightning.door.parser_errors import brief
+from dino_lightning.listing import is_address
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?")
 _WEIGHTS = {".ckpt", ".pth", ".pt", ".safetensors"}  # a source of weights that ends so is a file
@@ -91,7 +92,7 @@ def _check_files(options: dict[str, Any]) -> None:
     checkpoint, root = options.get("checkpoint"), options.get("root")
     if checkpoint and Path(checkpoint).suffix in _WEIGHTS and not Path(checkpoint).exists():
         raise FileNotFoundError(f"there is no checkpoint {checkpoint!r}")
-    if root and not Path(root).is_dir():
+    if root and not is_address(root) and not Path(root).is_dir():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
 
 
