@@ -4,7 +4,8 @@
 
 Makes them below the temporary folder (1.2 GB and 1.2 million inodes for the numbers above; ``TMPDIR`` says where), and removes them. An
 epoch is that of a training loader with two views of 32 pixels: reading, decoding, cropping. Cold is after the kernel's caches were dropped,
-which needs root. A worker's memory is its proportional share (PSS) after a tenth of an epoch and at its end. Linux only.
+which needs root. A worker's memory is its own (the proportional share of anonymous pages, without mapped files, which the kernel takes
+back) after a tenth of an epoch and at its end. Linux only.
 """
 
 import io
@@ -63,15 +64,15 @@ def epoch(root: Path, workers: int) -> dict[str, float]:
         if number == 1:
             begin = time.perf_counter()  # the workers have begun
         if workers and number in (batches // 10, batches - 2):
-            memory.append(max(_pss(process.pid) for process in loader._iterator._workers))
+            memory.append(max(_own_mb(process.pid) for process in loader._iterator._workers))
     assert not batch.unreadable
     rate = (batches - 2) * data.batch_size / (time.perf_counter() - begin)
     return {"images/s": round(rate)} | dict(zip(("worker after a tenth, MB", "worker at the end, MB"), memory))
 
 
-def _pss(pid: int) -> float:
+def _own_mb(pid: int) -> float:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return round(next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024, 1)
+    return round(next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:")) / 1024, 1)
 
 
 if __name__ == "__main__":
