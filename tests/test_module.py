@@ -250,6 +250,12 @@ def test_bf16_mixed_trains_close_to_float32():
     assert 0 < off < 0.05 and 0 < apart < 0.1
 
 
+@pytest.mark.parametrize("backbone", [None, 3, ["vit_small"]])
+def test_what_is_no_backbone_is_named(backbone):
+    with pytest.raises(TypeError, match="backbone must be a name, such as vit_small, or a module"):
+        DINOModule(backbone)
+
+
 @pytest.mark.parametrize(
     ("options", "strategy", "words"),
     [

@@ -114,6 +114,7 @@ class Method(LightningModule):
         Parameters on which the features do not depend are frozen, but for those that the method has ``used`` otherwise.
 
         Raises:
+            TypeError: if it is neither a name nor a module.
             ValueError: if the name is that of an object in a checkpoint, which it does not hold; for activation checkpointing of a network
                 of others.
         """
@@ -126,6 +127,8 @@ class Method(LightningModule):
                 )
             self.backbone_shape = {**shape, **more}
             backbone = build(backbone, **self.backbone_shape)
+        if not isinstance(backbone, nn.Module):
+            raise TypeError(f"backbone must be a name, such as vit_small, or a module that maps images to features, got {backbone!r}")
         example = example_images(backbone, shape["img_size"], shape["in_chans"])
         freeze_unused(backbone, example, used)
         warn_of_classifier(backbone, example)
