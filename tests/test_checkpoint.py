@@ -1,5 +1,7 @@
 """What a tool says to a file that is not the checkpoint it needs."""
 
+import zipfile
+
 import pytest
 import torch
 from conftest import write_images
@@ -35,6 +37,11 @@ def test_a_whole_checkpoint_loads_and_others_are_refused_by_name(checkpoint):
     refuses(ValueError, "bad.ckpt is no checkpoint, or not a whole one")
     bad.write_bytes(checkpoint.read_bytes()[:5000])
     refuses(ValueError, "bad.ckpt is no checkpoint, or not a whole one")
+    with zipfile.ZipFile(bad, "w") as archive:
+        archive.writestr("bad/data.pkl", b"\x80\x02h\x31.")  # what was never put into the pickle's memo
+        archive.writestr("bad/byteorder", b"little")
+        archive.writestr("bad/version", b"3\n")
+    refuses(ValueError, r"bad.ckpt is no checkpoint, .*: its pickle is damaged \(KeyError: 49\); expected")
     photo = write_images(checkpoint.parent, 1) / "0000.jpg"
     bad.write_bytes(photo.read_bytes())
     refuses(ValueError, "^.*bad.ckpt is no checkpoint.*: it begins like a JPEG image; expected a checkpoint of dino-lightning fit$")

@@ -70,7 +70,9 @@ def write_set(root, images, masks, shift=0):
             pixels[:, :edge], pixels[:, edge:], mask[:, edge:] = (200, 30, 30), (30, 60, 220), 1
             mask[:, edge - 1 : edge + 1] = 255
             Image.fromarray(pixels).save(images[split] / f"{split}{i}.jpg", quality=95)
-            Image.fromarray(mask + np.uint8(shift)).save(masks[split] / f"{split}{i}.png")  # 255 becomes 0
+            mask += np.uint8(shift)  # of ADE20K, whose 255 became 0; neither counts
+            mask[:, edge] = 255
+            Image.fromarray(mask).save(masks[split] / f"{split}{i}.png")
     return root
 
 

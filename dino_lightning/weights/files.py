@@ -49,7 +49,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
     try:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged file makes the reader fail in any way
         raise ValueError(
             f"{path} is no checkpoint, or not a whole one: {why_unreadable(Path(path), error)}; expected a checkpoint of "
             "dino-lightning fit"
@@ -106,7 +106,8 @@ def why_unreadable(path: Path, error: Exception) -> str:
         return f"it holds {', '.join(sorted(classes))}, which may be code"
     if isinstance(error, pickle.UnpicklingError):
         return "it is a pickle of more than tensors and plain types"
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    said = next(iter(str(error).splitlines()), "")
+    return said if isinstance(error, (RuntimeError, OSError)) and said else f"its pickle is damaged ({type(error).__name__}: {said})"
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
