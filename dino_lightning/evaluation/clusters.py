@@ -44,9 +44,14 @@ def kmeans(features: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return rank[clusters], torch.from_numpy(fitted.cluster_centers_)[by_size]
 
 
+def has_sklearn() -> bool:
+    """Whether scikit-learn is installed."""
+    return importlib.util.find_spec("sklearn") is not None
+
+
 def check_sklearn() -> None:
     """Raises ModuleNotFoundError without scikit-learn, saying how to install it."""
-    if importlib.util.find_spec("sklearn") is None:
+    if not has_sklearn():
         raise ModuleNotFoundError("k-means needs scikit-learn: pip install scikit-learn", name="sklearn")
 
 

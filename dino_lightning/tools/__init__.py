@@ -7,6 +7,7 @@ from dino_lightning.tools.compare import compare
 from dino_lightning.tools.copies import copies
 from dino_lightning.tools.duplicates import duplicates
 from dino_lightning.tools.estimate import estimate
+from dino_lightning.tools.evaluate import evaluate
 from dino_lightning.tools.export import export
 from dino_lightning.tools.extract import extract
 from dino_lightning.tools.finetune import finetune
@@ -28,6 +29,7 @@ TOOLS = {
     "compare": compare,
     "copies": copies,
     "estimate": estimate,
+    "evaluate": evaluate,
     "export": export,
     "extract": extract,
     "finetune": finetune,

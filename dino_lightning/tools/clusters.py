@@ -47,7 +47,7 @@ def clusters(features: str, k: int = 10, seed: int = 0, output: str = "clusters"
     if len(names) > 1:
         for name, measure in (("purity", purity), ("nmi", nmi)):
             agreement[name] = measure(assigned, labels), by_chance(measure, assigned, labels)
-    _draw(vectors, paths, facts, assigned, centres, names, labels).save(Path(output) / "clusters.png")
+    draw_clusters(vectors, paths, facts, assigned, centres, names, labels).save(Path(output) / "clusters.png")
     print(f"{len(paths)} images in {k} clusters of {', '.join(map(str, assigned.bincount(minlength=k).tolist()))}")
     print(f"clusters.csv and clusters.png in {output}")
     if agreement:
@@ -66,13 +66,26 @@ def _classes(paths: list[str]) -> tuple[list[str], Tensor]:
     return names, torch.tensor([index[folder] for folder in folders])
 
 
-def _draw(
+def draw_clusters(
     vectors: Tensor, paths: list[str], facts: dict, assigned: Tensor, centres: Tensor, names: list[str], labels: Tensor
 ) -> Image.Image:
+    """Of each cluster the images nearest to its centre.
+
+    Args:
+        vectors: features (N, D).
+        paths: of the N images.
+        facts: "size" (H, W) and "in_chans" of the images, as the network sees them.
+        assigned: (N,) cluster of each.
+        centres: (k, D).
+        names: of the classes, if there are at least two.
+        labels: (N,) class of each.
+    """
     thumbnails, shown = Thumbnails(facts["size"], facts["in_chans"], lines=3), ShortNames(paths)
     rows = []
     for cluster, centre in enumerate(centres[:_MOST_DRAWN]):
         members = (assigned == cluster).nonzero()[:, 0]
+        if not len(members):  # fewer different features than clusters
+            continue
         text = f"cluster {cluster}\n{len(members)} images"
         if len(names) > 1:
             text += "".join(f"\n{share:.0%} {name}" for name, share in _most_frequent(labels[members], names))

@@ -1,7 +1,6 @@
 """``dino-lightning compare``: methods side by side on the same images, each for the same time."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dino_lightning.methods import METHODS, home
+from dino_lightning.tools import run_log
 from dino_lightning.tools.checkpoint import load_module
 from dino_lightning.tools.comparison_page import page, table
 from dino_lightning.tools.folders import labelled_folders
@@ -150,14 +150,8 @@ def _fit(written: Path, options: Sequence[str]) -> float:
     return used.ru_maxrss / 1024
 
 
-def _log(folder: Path) -> list[dict[str, str]]:
-    """The rows of the run's log, the oldest first."""
-    with open(_run(folder) / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def _judge(folder: Path, method: str, root: str, minutes: float) -> Result:
-    rows = _log(folder)
+    rows = run_log.rows(_run(folder))
     rates = [float(row["train/images_per_s"]) for row in rows if row.get("train/images_per_s")]
     validated = [row for row in rows if row.get("val/knn_top1")]
     last = max(int(row["step"]) for row in rows) or 1

@@ -65,7 +65,7 @@ def copies(
     if image_size < 1 or ranked < 1:
         raise ValueError(f"image_size and ranked must be at least 1, got {image_size} and {ranked}")
     folder = Path(root)
-    if not (folder / _ORIGINAL).is_dir():
+    if not holds_originals(folder):
         raise FileNotFoundError(f"there is no folder {folder / _ORIGINAL}: root must hold {_ORIGINAL}/ and a folder for each kind of copies")
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
@@ -111,6 +111,11 @@ def copies(
             results[title][kind] = score(order, positives, trapezoid=trapezoid).mean_ap
             print(f"{title:12}{kind:20}{100 * results[title][kind]:6.1f}")
     return results
+
+
+def holds_originals(root: Path) -> bool:
+    """Whether it holds originals, as Copydays does."""
+    return (root / _ORIGINAL).is_dir()
 
 
 def _key(path: Path) -> str:

@@ -60,7 +60,7 @@ def neighbors(
         found[query] = others[:k]
     Path(output).mkdir(parents=True, exist_ok=True)
     _write(Path(output) / "neighbors.csv", found)
-    _draw(found, paths, facts).save(Path(output) / "neighbors.png")
+    draw_neighbors(found, paths, facts).save(Path(output) / "neighbors.png")
     print(f"the neighbours of {len(found)} images among {len(paths)}: neighbors.png and neighbors.csv in {output}")
     return found
 
@@ -77,7 +77,8 @@ def _write(path: Path, found: dict[str, list[tuple[str, float]]]) -> None:
             table.writerows([query, rank, name, f"{cosine:.6f}"] for rank, (name, cosine) in enumerate(others, start=1))
 
 
-def _draw(found: dict[str, list[tuple[str, float]]], paths: list[str], facts: dict) -> Image.Image:
+def draw_neighbors(found: dict[str, list[tuple[str, float]]], paths: list[str], facts: dict) -> Image.Image:
+    """A row for each query: (path, cosine similarity) of its neighbours. ``facts`` as of ``draw_clusters``, ``paths`` of all images."""
     thumbnails, shown = Thumbnails(facts["size"], facts["in_chans"], lines=4), ShortNames(paths)
     columns = max(len(others) for others in found.values())
     rows = []

@@ -116,6 +116,11 @@ def retrieval(
     return results
 
 
+def holds_buildings(root: Path) -> bool:
+    """Whether it holds the buildings of Oxford or Paris, with what should be found."""
+    return any((root / f"gnd_{name}{suffix}").is_file() for name in _BUILDINGS for suffix in (".pkl", ".json"))
+
+
 def _task(root: Path) -> tuple[str, _Task]:
     for name in _BUILDINGS:
         for suffix in (".pkl", ".json"):

@@ -23,6 +23,7 @@ from dino_lightning.tools.masks import read_mask
 from dino_lightning.training.randomness import generator
 
 _IGNORED = 255  # in masks of VOC, and of ADE20K once its 0 is that
+_ADE = "annotations"  # folder of masks that begin with 1
 _FINER = 4  # places of the logits that are trained, for each patch and side
 
 
@@ -145,22 +146,38 @@ def _learned(
     return classifier.eval()
 
 
+def holds_masks(root: Path) -> bool:
+    """Whether it holds images with masks in a layout that is known."""
+    return _lists(root) is not None or _folders(root) is not None
+
+
+def _lists(root: Path) -> list[Path] | None:
+    """Those of Pascal VOC."""
+    files = [root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in ("train", "val")]
+    return files if all(file.is_file() for file in files) else None
+
+
+def _folders(root: Path) -> tuple[str, list[tuple[Path, Path]]] | None:
+    """The name of the folder of masks, and of each split images and masks."""
+    for masks, splits in ((_ADE, ("training", "validation")), ("masks", ("train", "val"))):
+        pairs = [(root / "images" / split, root / masks / split) for split in splits]
+        if all(folder.is_dir() for pair in pairs for folder in pair):
+            return masks, pairs
+    return None
+
+
 def _layout(root: Path) -> _Set:
-    lists = [root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in ("train", "val")]
-    if all(file.is_file() for file in lists):
+    if lists := _lists(root):
         parts = [
             [(root / "JPEGImages" / f"{name}.jpg", root / "SegmentationClass" / f"{name}.png") for name in file.read_text().split()]
             for file in lists
         ]
         return _Set(*map(_all_there, parts), shift=0, layout="Pascal VOC")
-    for masks, splits, shift, layout in (
-        ("annotations", ("training", "validation"), -1, "ADE20K"),
-        ("masks", ("train", "val"), 0, root.name),
-    ):
-        folders = [(root / "images" / split, root / masks / split) for split in splits]
-        if all(folder.is_dir() for pair in folders for folder in pair):
-            parts = [[(images / name, (truths / name).with_suffix(".png")) for name in list_images(images)] for images, truths in folders]
-            return _Set(*map(_all_there, parts), shift=shift, layout=layout)
+    if found := _folders(root):
+        name, pairs = found
+        parts = [[(images / image, (masks / image).with_suffix(".png")) for image in list_images(images)] for images, masks in pairs]
+        shift, layout = (-1, "ADE20K") if name == _ADE else (0, root.name)
+        return _Set(*map(_all_there, parts), shift=shift, layout=layout)
     raise FileNotFoundError(
         f"{root} has none of the layouts that are known: ImageSets/Segmentation/train.txt and val.txt (VOC), images/training with "
         "annotations/training (ADE20K), images/train with masks/train, and val beside it"

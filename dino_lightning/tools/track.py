@@ -77,7 +77,7 @@ def track(
     """
     if len(frames) != 1:
         raise ValueError(f"give one folder of frames, one video file, or the folder of DAVIS 2017, got {len(frames)}")
-    is_davis = (Path(frames[0]) / _DAVIS_LIST).is_file()
+    is_davis = holds_davis(Path(frames[0]))
     if is_davis == (mask is not None):
         raise ValueError("DAVIS has masks of its own; leave --mask out" if is_davis else "say by --mask MASK.png what to follow from the first frame on")
     if image_size is not None and image_size < 1:
@@ -155,6 +155,11 @@ class _Look(NamedTuple):
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
         image = F.interpolate(image, self.size(*pixels.shape[:2]), mode="bilinear", align_corners=False).round().clamp(0, 255)
         return spatial_features(self.network, normalize(image.to(torch.uint8).to(self.device), self.mean, self.std))[0]
+
+
+def holds_davis(root: Path) -> bool:
+    """Whether it holds films in DAVIS 2017's layout."""
+    return (root / _DAVIS_LIST).is_file()
 
 
 def _followed(

@@ -1,0 +1,118 @@
+"""dino-lightning evaluate: what applies to a folder is measured as the tools measure it, and shown in a page that needs nothing but itself."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import two_colours, write_images, write_labelled
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+
+from dino_lightning.__main__ import main
+from dino_lightning.tools import evaluate, knn, linear, segment
+from dino_lightning.tools.run_log import curves
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def report(checkpoints, tmp_path_factory):
+    """A folder with images, a run and its evaluation by the command."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_labelled(root)
+    (root / "images" / "val" / "class0" / "bad.jpg").write_bytes(b"no image")
+    (root / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint = root / "run" / "checkpoints" / "last.ckpt"
+    shutil.copy(checkpoints[0], checkpoint)
+    (root / "run" / "config.yaml").touch()
+    log = CSVLogger(root, name="", version="run")
+    for step in range(0, 40, 10):
+        log.log_metrics({"train/loss": 5.0 - step / 10}, step)
+    log.log_metrics({"val/knn_top1": 0.25}, 30)
+    log.save()
+    main(["evaluate", "--checkpoint", str(checkpoint), "--root", str(root / "images"), "--output", str(root / "out"), "--shots", "1,0.5", "--draws", "2"])
+    return root
+
+
+def test_numbers_are_those_of_the_tools(report):
+    told = json.loads((report / "out" / "results.json").read_text())
+    measures = {measure["name"]: measure for measure in told["measures"]}
+    checkpoint, root = str(report / "run" / "checkpoints" / "last.ckpt"), str(report / "images")
+    of_knn = knn(checkpoint, root, k=(18,), compare=True)
+    assert measures["k-NN of 18, top-1"]["values"] == pytest.approx({name: values[0][0] for name, values in of_knn.items()})
+    of_linear = linear(checkpoint, root, compare=True)
+    best = {name: max(standing.last[0] for standing in rates.values()) for name, rates in of_linear.items()}
+    assert measures["linear, top-1"]["values"] == pytest.approx(best)
+    for name in ("1 label a class (2), k-NN", "50 % of the labels (10), logistic"):
+        assert set(measures[name]["values"]) == set(measures[name]["margins"]) == {"trained", "untrained", "raw pixels"}
+    assert 1 < measures["effective rank of 24"]["values"]["trained"] <= 18 and told["method"] == "DINOModule" and told["image_size"] == [32, 32]
+    assert any(name.startswith("purity of 2 clusters") for name in measures)
+
+
+def test_the_page_needs_nothing_but_itself(report):
+    text = (report / "out" / "index.html").read_text()
+    assert set(re.findall(r'(?:src|href)="([^"]{10})', text)) == {"data:image"} and "http" not in text.replace("http-equiv", "")
+    assert text.count("<svg") == 2 and text.count("<img") == 6 + 3, "curves; images looked at, components, neighbours, clusters"
+    told = json.loads(re.search(r"\}\)\((\{.*?\}), \"data:image", text, re.S)[1])
+    assert len(told["names"]) == 7 and told["classes"] == ["class0", "class1"] and told["labels"].count(0) == 4, "without the broken one"
+    places = np.array(told["maps"]["PCA"])
+    assert places.shape == (7, 2) and places.min() == 0 and places.max() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_draws_it(report, tmp_path):
+    page, picture = report / "out" / "index.html", tmp_path / "page.png"
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000", "--window-size=1000,3000"]
+    dom = subprocess.run([*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120).stdout
+    legend = re.search(r'<div class="legend">(.*?)</div>', dom, re.S)[1]
+    assert re.findall(r"<button[^>]*>(.*?)</button>", legend) == ["class0", "class1"], "the script ran to its end"
+    subprocess.run([*command, f"--screenshot={picture}", f"file://{page}"], capture_output=True, timeout=120, check=True)
+    colours = np.asarray(Image.open(picture).convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 10_000, "photographs are on it"
+
+
+def test_folders_without_queries_and_without_classes(checkpoints, tmp_path, capsys):
+    photos = write_images(tmp_path / "photos", 5)
+    found = evaluate(checkpoints[0], str(photos), output=str(tmp_path / "one"), compare=False)
+    assert set(found) == {"effective rank of 24", "spread"} and set(found["spread"]) == {"trained"}
+    told = (tmp_path / "one" / "index.html").read_text()
+    assert "untrained" not in told and '"classes": []' in told
+    two_colours(tmp_path / "colours")
+    found = evaluate(checkpoints[0], str(tmp_path / "colours" / "train"), output=str(tmp_path / "two"))
+    assert found["nearest is of its class"] == {"trained": 1.0, "untrained": 1.0, "raw pixels": 1.0}
+    assert "raw pixels       untrained         trained" in capsys.readouterr().out
+
+
+def test_images_with_masks(checkpoints, tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        write_images(tmp_path / "images" / split, count)
+        (tmp_path / "masks" / split).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.repeat(np.uint8([[0], [1]]), 30, axis=0).repeat(80, axis=1)).save(tmp_path / "masks" / split / f"{i:04d}.png")
+    found = evaluate(checkpoints[0], str(tmp_path), output=str(tmp_path / "out"))
+    expected = segment(checkpoints[0], str(tmp_path), compare=True)
+    assert found["mIoU"] == pytest.approx({name: values[0] for name, values in expected.items()})
+    assert "k-NN" not in (tmp_path / "out" / "index.html").read_text(), "folders of splits are no classes"
+
+
+def test_curves_of_tensorboard(tmp_path):
+    log = TensorBoardLogger(tmp_path, name="", version="run")
+    for step in range(3):
+        log.log_metrics({"train/loss": 2.0 - step, "train/lr": 0.1}, step)
+    log.finalize("success")
+    assert curves(tmp_path / "run", ("train/loss", "val/knn_top1")) == {"train/loss": [(0.0, 2.0), (1.0, 1.0), (2.0, 0.0)]}
+    assert curves(tmp_path, ("train/loss",)) == {}
+
+
+def test_refused(checkpoints, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="none of the 1 images of .*bad could be read"):
+        evaluate(checkpoints[0], str(tmp_path / "bad"), output=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="holds shards; evaluate draws pictures"):
+        evaluate(checkpoints[0], "s3://bucket/shards")
+    assert not (tmp_path / "out").exists()
