@@ -1,13 +1,18 @@
 """dino-lightning track: objects of a first frame followed through a film, measured and written."""
 
+import sys
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from dino_lightning.__main__ import main
+from dino_lightning.data.painting import IMAGENET_MEAN
 from dino_lightning.evaluation.tracking import contour_accuracy, region_similarity
 from dino_lightning.tools import track
-from dino_lightning.tools.track import _palette
+from dino_lightning.tools.track import _Look, _palette
 
 
 def squares(step: int) -> np.ndarray:
@@ -59,17 +64,39 @@ def test_a_film_is_followed_written_and_measured(film, small_checkpoint, tmp_pat
     assert "5 frames in" in (said := capsys.readouterr().out) and "of 2 objects" in said
 
 
-def test_davis_is_measured_in_its_layout(small_checkpoint, tmp_path, capsys):
+def test_davis_is_measured_in_its_layout(small_checkpoint, tmp_path, capsys, monkeypatch):
+    looks = []
+    monkeypatch.setattr(sys.modules[_Look.__module__], "_Look", lambda *args: looks.append(args[3:]) or _Look(*args))
     root = tmp_path / "davis"
     for name in ("bear", "cows"):
         write_film(root / "JPEGImages" / "480p" / name, root / "Annotations" / "480p" / name, count=3)
     (root / "ImageSets" / "2017").mkdir(parents=True)
     (root / "ImageSets" / "2017" / "val.txt").write_text("bear\ncows\n")
     main(["track", str(root), "--checkpoint", small_checkpoint, "--output", str(tmp_path / "out"), "--image_size", "64"])
-    assert "of 4 objects" in capsys.readouterr().out
+    assert "of 4 objects" in capsys.readouterr().out and looks == [((0.228, 0.224, 0.225), 64, 64)] * 2
     assert sorted(path.name for path in (tmp_path / "out" / "cows" / "masks").iterdir()) == ["frame10.png", "frame8.png", "frame9.png"]
     with pytest.raises(ValueError, match="DAVIS has masks of its own"):
         track(str(root), checkpoint=small_checkpoint, mask="any.png")
+
+
+def test_frames_of_davis_are_shown_as_the_reference_shows_them():
+    std = (0.228, 0.224, 0.225)
+    network = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # its last feature map is what it is shown
+    look = _Look(network, torch.device("cpu"), IMAGENET_MEAN, std, 480, 64)
+    assert [look.size(*sides) for sides in ((480, 854), (854, 480), (1080, 1920), (480, 910))] == [(480, 832), (832, 480), (480, 832), (480, 896)]
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
+    shown = look._replace(side=64, coarse=32).features(pixels).permute(1, 2, 0).numpy()
+    assert shown.shape == (64, 96, 3)
+    expected = np.zeros(shown.shape)
+    for y in range(64):
+        for x in range(96):  # bilinear, without a filter against aliasing, to whole numbers
+            at = ((y + 0.5) * 40 / 64 - 0.5, (x + 0.5) * 61 / 96 - 0.5)
+            top, left = (int(np.floor(a)) for a in at)
+            dy, dx = at[0] - top, at[1] - left
+            for row, weight in ((top, 1 - dy), (top + 1, dy)):
+                for column, share in ((left, 1 - dx), (left + 1, dx)):
+                    expected[y, x] += weight * share * pixels[np.clip(row, 0, 39), np.clip(column, 0, 60)]
+    assert np.abs(shown * std + IMAGENET_MEAN - expected / 255).max() < 0.51 / 255
 
 
 def test_what_cannot_be_followed_is_named(film, small_checkpoint, tmp_path):
