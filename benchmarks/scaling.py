@@ -1,7 +1,7 @@
 """The published runs of DINO and DINOv2 on paper, on 1 to 512 H100s, and what our formulas make of the times that were published.
 
     python benchmarks/scaling.py            # writes benchmarks/scaling.md
-    python benchmarks/scaling.py --readme   # prints the README's table of GPU memory
+    python benchmarks/scaling.py --memory   # prints the table of docs/how-to/devices.md
 
 Everything comes from ``dino-lightning estimate``; nothing is run.
 """
@@ -86,7 +86,7 @@ PUBLISHED = [
     ),
 ]  # fmt: skip
 
-README = {
+BATCHES = {
     "vit_tiny": 16, "small_images": 64, "vit_small": 64, "vit_base": 32, "vit_base_8": 6, "resnet50": 64,
     "dinov2_small_images": 64, "dinov2_vit_small": 128, "dinov2_vit_large": 64,
 }  # fmt: skip
@@ -173,17 +173,17 @@ def sent(names: Iterable[str] = SENT) -> str:
     return "\n".join(rows)
 
 
-def readme(names: Iterable[str] = README) -> list[str]:
-    """The lines of the README's table of memory."""
+def memory_table(names: Iterable[str] = BATCHES) -> list[str]:
+    """The lines of the table of memory in docs/how-to/devices.md."""
     rows = [
         "| recipe | images a GPU | weights, gradients, moments, teacher | activations | logits and loss | in all, GiB |",
         "|---|---|---|---|---|---|",
     ]
     for name in names:
-        memory = run_of(["--config", name, "--data.batch_size", str(README[name])]).step.memory()
+        memory = run_of(["--config", name, "--data.batch_size", str(BATCHES[name])]).step.memory()
         held = memory.parameters + memory.teacher + memory.gradients + memory.optimizer + memory.half_weights
         parts = (held, memory.activations + memory.images, memory.logits + memory.loss, memory.total)
-        rows.append(f"| `{name}` | {README[name]} | {' | '.join(f'{part / GIB:.1f}' for part in parts)} |")
+        rows.append(f"| `{name}` | {BATCHES[name]} | {' | '.join(f'{part / GIB:.1f}' for part in parts)} |")
     return rows
 
 
@@ -201,7 +201,7 @@ dino-lightning estimate --model.backbone vit_small --data.local_crops_number 10 
 
 ## The published runs on H100s
 
-Assumed: an MFU of {MFU} in bfloat16 whatever the batch; {WORKER_MS} ms of a worker for an image (README, a photograph of
+Assumed: an MFU of {MFU} in bfloat16 whatever the batch; {WORKER_MS} ms of a worker for an image (README.md beside, a photograph of
 400×533) and as many workers as that takes; NVLink within 8 GPUs, 400 Gb/s for each GPU beyond; what is slowest hides the rest.
 A few images a device will not reach that MFU: with fewer than about 16 read the images a second as a bound from above. What
 does not fit is accumulated ("512 × 2": two micro-batches). Behind what bounds a step, in brackets: with how many devices the
@@ -236,7 +236,7 @@ reaches on a GPU is to be measured: a run logs `train/mfu`. At 0.1 the times tha
 
 if __name__ == "__main__":
     logging.getLogger("dino_lightning").setLevel(logging.ERROR)
-    if sys.argv[1:] == ["--readme"]:
-        print("\n".join(readme()))
+    if sys.argv[1:] == ["--memory"]:
+        print("\n".join(memory_table()))
     else:
         FILE.write_text(page(), encoding="utf-8")

@@ -120,7 +120,7 @@ def test_no_recipe_has_too_many_prototypes_for_the_images_that_it_is_for():
     assert sizes == expected | {f"dinov2_{name}": expected[name] for name in ("quickstart", "small_images")}
     for recipe, found in sizes.items():
         assert not any(too_many_prototypes(options_of(recipe)["model"].get("out_dim", 1), images) for images in found), recipe
-    assert "2,000 to 100,000 own photographs" in (Path(__file__).parent.parent / "README.md").read_text()
+    assert "2,000 to 100,000 own photographs" in (Path(__file__).parent.parent / "docs" / "how-to" / "images.md").read_text()
 
 
 def test_loss_far_from_the_known_curve():

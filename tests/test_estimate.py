@@ -262,22 +262,22 @@ def test_gpus_are_known_by_their_names():
 
 
 SCALING = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
+MEMORY = SCALING.parents[1] / "docs" / "how-to" / "devices.md"
 
 
 def test_the_page_is_what_the_formulas_say():
-    """Of the page a network and of the README a recipe; all of both in the slow test."""
+    """Of the page a network, and of the documentation's table a recipe; all of both in the slow test."""
     scaling, page = runpy.run_path(str(SCALING)), SCALING.with_suffix(".md").read_text()
     assert all(row in page for row in scaling["rows_of"]("DINO ViT-S/16"))
     assert scaling["sent"](["DINO vit_small"]).splitlines()[-1] in page
-    readme = SCALING.parents[1].joinpath("README.md").read_text()
-    assert all(row in readme for row in scaling["readme"](["vit_small"]))
+    assert all(row in MEMORY.read_text() for row in scaling["memory_table"](["vit_small"]))
 
 
 @pytest.mark.slow
 def test_the_whole_page_is_what_the_formulas_say():
     scaling = runpy.run_path(str(SCALING))
     assert scaling["page"]() == SCALING.with_suffix(".md").read_text()
-    assert "\n".join(scaling["readme"]()) in SCALING.parents[1].joinpath("README.md").read_text()
+    assert "\n".join(scaling["memory_table"]()) in MEMORY.read_text()
 
 
 # A training step in a process of its own, twice: by how many bytes it grew at most. Linux only.

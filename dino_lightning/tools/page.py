@@ -98,7 +98,7 @@ def lines(drawn: Sequence[Line], what: str, percent: bool = True) -> str:
         value = low + (high - low) * i / 4
         _, y = place(0, value)
         shown = f"{100 * value:.0f} %" if percent else f"{value:.3g}"
-        parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="#ddd"/><text x="4" y="{y + 4}">{shown}</text>')
+        parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".2"/><text x="4" y="{y + 4}">{shown}</text>')
         x, _ = place(longest * i / 4, low)
         parts.append(f'<text x="{x - 8}" y="{_HEIGHT - 14}">{_number(longest * i / 4)}</text>')
     taken: list[float] = []
@@ -109,7 +109,7 @@ def lines(drawn: Sequence[Line], what: str, percent: bool = True) -> str:
         taken.append(y)
         parts.append(f'<polyline points="{across}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{right + 6}" y="{y + 4}" fill="{colour}">{html.escape(line.name)}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" role="img" aria-label="{html.escape(what)}">{"".join(parts)}</svg>'
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="currentColor" role="img" aria-label="{html.escape(what)}">{"".join(parts)}</svg>'
 
 
 def _number(value: float) -> str:
