@@ -8,8 +8,8 @@ import yaml
 from conftest import two_colours
 
 from dino_lightning.__main__ import main
-from dino_lightning.tools.compare import Result, compare
-from dino_lightning.tools.comparison_page import page, table
+from dino_lightning.tools.compare import compare
+from dino_lightning.tools.comparison_page import Result, as_markdown, as_page
 
 RESULTS = [
     Result("simclr", 0.5, 0.6, 12.3, 410.0, 900.4, 1.94, [(0.0, 0.3), (5.0, 0.45), (10.0, 0.5)]),
@@ -18,12 +18,12 @@ RESULTS = [
 
 
 def test_the_table_has_the_best_first():
-    rows = table(RESULTS).splitlines()
+    rows = as_markdown(RESULTS).splitlines()
     assert rows[2] == "| a<b | 70.0 | 65.0 | 40 | 200 | 800 | 2.7 |" and rows[3].startswith("| simclr | 50.0 |")
 
 
 def test_the_page_needs_nothing_but_itself():
-    text = page("8 images & more", RESULTS)
+    text = as_page("8 images & more", RESULTS)
     assert "8 images &amp; more" in text and "<td>a&lt;b</td>" in text and "src=" not in text and "href=" not in text
     lines = [[tuple(map(float, point.split(","))) for point in found.split()] for found in re.findall(r'points="([^"]+)"', text)]
     assert [len(line) for line in lines] == [2, 3]

@@ -81,7 +81,7 @@ def test_commands_of_the_readme_run(small_checkpoint, tmp_path, monkeypatch):
     (tmp_path / "images").rename(tmp_path / "photos")
     write_images(tmp_path, 1)
     (tmp_path / "0000.jpg").rename(tmp_path / "photo.jpg")
-    torch.save(build("vit_small", 16).state_dict(), tmp_path / "published.pth")
+    torch.save(build("vit_small", patch_size=16).state_dict(), tmp_path / "published.pth")
     short = ["--trainer.max_steps=1", "--data.batch_size=2", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.devices=1"]
     short += ["--trainer.precision=32-true", "--trainer.limit_val_batches=0", "--model.warmup_epochs=0", "--trainer.num_sanity_val_steps=0"]
     found = commands_in(README.read_text())

@@ -66,8 +66,10 @@ def test_points_of_a_plane_are_principal_components(shape):
     assert np.allclose(abs(found), abs(expected), atol=1e-5) and np.allclose(found, plane_pca(features.flip(0)).flip(0).numpy(), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_umap(), reason="umap-learn is not installed")
 def test_umap_keeps_neighbours():
     features, labels = blobs(80)
-    found = plane_umap(10 * features)
-    assert found.shape == (80, 2) and knn_accuracy(found[::2] - found.mean(dim=0), labels[::2], found[1::2] - found.mean(dim=0), labels[1::2], k=1)[0] > 0.25
+    found = plane_umap(features)
+    order = torch.cdist(found, found).argsort(dim=1)
+    assert found.shape == (80, 2) and (labels[order[:, 1]] == labels).float().mean() > 0.8, "by chance a quarter"

@@ -246,6 +246,7 @@ def test_revisited_buildings_from_a_pickle_that_runs_no_code(photographs, small_
         (b"\x80\x02}q", "cannot be read safely"),
         (pickle.dumps({"imlist": [], "qimlist": []}), "no ground truth of revisited"),
         (pickle.dumps({**truth, "imlist": ["nowhere"]}), "1 images that gnd_roxford5k.pkl names are not there"),
+        (pickle.dumps({**truth, "imlist": truth["imlist"][:2]}), "says of query 0 that image .* is what it means, but has 2 images"),
         (pickle.dumps({**truth, "gnd": []}), "has 2 queries, but the truth of 0"),
     ):
         (root / "gnd_roxford5k.pkl").write_bytes(content)

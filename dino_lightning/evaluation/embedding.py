@@ -12,13 +12,16 @@ def plane_pca(features: Tensor) -> Tensor:
     """The first two principal components (N, 2) of the L2-normalised features (N, D), on the host.
 
     Their sign is that with which the entry of greatest size in the component's direction is positive.
+
+    Raises:
+        ValueError: for none, or if a number is not finite.
     """
-    points = normalized(features).double()
+    points = normalized(features).cpu().double()
     points = points - points.mean(dim=0)
-    _, _, directions = torch.linalg.svd(points.cpu() if len(points) < points.shape[1] else (points.T @ points).cpu(), full_matrices=False)
+    _, _, directions = torch.linalg.svd(points if len(points) < points.shape[1] else points.T @ points, full_matrices=False)
     axes = directions[:2]
     signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
-    flat = points.cpu() @ (axes * signs).T
+    flat = points @ (axes * signs).T
     return torch.nn.functional.pad(flat, (0, 2 - flat.shape[1])).float()
 
 
@@ -28,7 +31,12 @@ def has_umap() -> bool:
 
 
 def plane_umap(features: Tensor, seed: int = 0) -> Tensor:
-    """UMAP of the features (N, D) by their cosine: (N, 2), neighbours kept beside each other (McInnes et al. 2018). Needs umap-learn."""
+    """UMAP of the features (N, D) by their cosine: (N, 2), neighbours kept beside each other (McInnes et al. 2018).
+
+    Raises:
+        ModuleNotFoundError: without umap-learn (``pip install '.[umap]'``).
+        ValueError: for none, or if a number is not finite.
+    """
     from umap import UMAP
 
     points = normalized(features).cpu().numpy()

@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_lightning.evaluation.knn import knn_accuracy
+from dino_lightning.evaluation.spread import doubled
 from dino_lightning.training.randomness import generator
 
 _ROUNDS = 200  # of L-BFGS
+_ROWS = 65_536  # of the bank at a time: a second one is not kept
 
 
 class LowShot(NamedTuple):
@@ -59,24 +61,34 @@ def low_shot(
     Raises:
         ValueError: for shots that are no such number, no draw, or shapes that do not fit.
     """
-    wrong = [n for n in shots if not (0 < n < 1 or (n >= 1 and n == int(n)))]
-    if wrong or draws < 1:
-        raise ValueError(f"shots are shares below 1, such as 0.01, or whole numbers of labels, and draws at least 1; got {wrong or draws}")
+    check_shots(shots, draws)
     mean = bank.float().mean(dim=0)
-    scale = (bank.float() - mean).square().sum(dim=1).mean().sqrt().clamp(min=1e-12)
-    points, asked = ((some.float() - mean) / scale for some in (bank, queries))
+    squares = sum((some.float() - mean).square().sum() for some in bank.split(_ROWS))
+    scale = (squares / len(bank)).sqrt().clamp(min=1e-12)
+
+    def points(features: Tensor) -> Tensor:
+        return (features.float() - mean) / scale
+
+    asked = points(queries)
     found = []
     for n in shots:
         accuracies = []
         for draw in range(draws):
             some = torch.from_numpy(_drawn(bank_labels.cpu().numpy(), n, seed, draw)).to(bank.device)
             voted, _ = knn_accuracy(bank[some], bank_labels[some], queries, query_labels, k=min(k, len(some)))
-            weights, biases = logistic_regression(points[some], bank_labels[some], l2)
+            weights, biases = logistic_regression(points(bank[some]), bank_labels[some], l2)
             right = (asked @ weights.T + biases).argmax(dim=1) == query_labels.to(bank.device)
             accuracies.append((voted, right.float().mean().item()))
         means, margins = np.mean(accuracies, axis=0).tolist(), _margins(np.array(accuracies)).tolist()
         found.append(LowShot(n, len(some), means[0], margins[0], means[1], margins[1]))
     return found
+
+
+def check_shots(shots: Sequence[float], draws: int) -> None:
+    """Raises ValueError for what ``low_shot`` does not take."""
+    wrong = [n for n in shots if not (0 < n < 1 or (n >= 1 and n == int(n)))]
+    if wrong or draws < 1:
+        raise ValueError(f"shots are shares below 1, such as 0.01, or whole numbers of labels, and draws at least 1; got {wrong or draws}")
 
 
 def logistic_regression(features: Tensor, labels: Tensor, l2: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +99,8 @@ def logistic_regression(features: Tensor, labels: Tensor, l2: float) -> tuple[Te
         labels: (N,), integers below C; the greatest says what C is.
         l2: strength of the penalty.
     """
-    x, y = features.double(), labels.to(features.device)
+    x = doubled(features)
+    y = labels.to(x.device)
     weights = torch.zeros(int(y.max()) + 1, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     biases = torch.zeros(len(weights), dtype=x.dtype, device=x.device, requires_grad=True)
     solver = torch.optim.LBFGS([weights, biases], max_iter=_ROUNDS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
@@ -100,7 +113,7 @@ def logistic_regression(features: Tensor, labels: Tensor, l2: float) -> tuple[Te
 
     with torch.enable_grad():
         solver.step(loss)
-    return weights.detach().float(), biases.detach().float()
+    return weights.detach().float().to(features.device), biases.detach().float().to(features.device)
 
 
 def _drawn(labels: np.ndarray, shots: float, seed: int, draw: int) -> np.ndarray:

@@ -1,11 +1,15 @@
 """Ranking by similarity: average precision with positives and images that do not count, and the features that are ranked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from dino_lightning.evaluation.spread import doubled
+
+_QUERIES = 256  # that are ranked at a time
 
 
 class Ranking(NamedTuple):
@@ -36,7 +40,7 @@ def average_precision(ranks: np.ndarray, positives: int, trapezoid: bool = True)
 
 
 def score(
-    order: np.ndarray,
+    order: Iterable[np.ndarray],
     positives: Sequence[np.ndarray],
     ignored: Sequence[np.ndarray] | None = None,
     at: Sequence[int] = (1, 5, 10),
@@ -48,7 +52,8 @@ def score(
     a query is that at its last positive, if that comes earlier (the protocol of revisited Oxford and Paris).
 
     Args:
-        order: (Q, n) images of the database for each query, the most similar first; all of them, or the first n.
+        order: (Q, n) images of the database for each query, the most similar first; all of them, or the first n. One after the other
+            will do (``ranked``).
         positives: for each query, its images in the database.
         ignored: for each query, those that do not count.
         at: ranks k.
@@ -59,7 +64,7 @@ def score(
     """
     if min(at, default=1) < 1:
         raise ValueError(f"ranks to give the precision at begin with 1, got {tuple(at)}")
-    aps, precisions = np.full(len(order), np.nan), np.full((len(order), len(at)), np.nan)
+    aps, precisions = np.full(len(positives), np.nan), np.full((len(positives), len(at)), np.nan)
     for query, ranked in enumerate(order):
         wanted = np.unique(positives[query])
         if not len(wanted):
@@ -79,8 +84,13 @@ def score(
 
 def rank(bank: Tensor, queries: Tensor, n: int | None = None) -> np.ndarray:
     """The images of a bank (N, D) for each query (Q, D) by falling inner product, the first ``n`` or all (Q, n); of equals the lower first."""
-    found = [(some @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :n].int().cpu() for some in queries.split(1024)]
-    return torch.cat(found).numpy()
+    return np.stack(list(ranked(bank, queries, n)))
+
+
+def ranked(bank: Tensor, queries: Tensor, n: int | None = None) -> Iterator[np.ndarray]:
+    """The rows of ``rank``, of which a few hundred are in memory."""
+    for some in queries.split(_QUERIES):
+        yield from (some @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :n].int().cpu().numpy()
 
 
 def gem(patches: Tensor, p: float = 4.0, least: float = 1e-6) -> Tensor:
@@ -104,7 +114,7 @@ class Whitening:
     def __init__(self, features: Tensor, centred: bool = False, least: float = 1e-5) -> None:
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"whitening is learned from features (n, D) of at least two images, got {tuple(features.shape)}")
-        features = features.double()
+        features = doubled(features)
         self.mean = features.mean(dim=0)
         about = features - self.mean if centred else features
         variances, self.axes = torch.linalg.eigh(about.T @ about / len(about))
@@ -112,4 +122,4 @@ class Whitening:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(N, D) → (N, D), the directions of the least variance first."""
-        return ((features.double() - self.mean) @ self.axes * self.scales).to(features.dtype)
+        return ((doubled(features) - self.mean) @ self.axes * self.scales).to(features)

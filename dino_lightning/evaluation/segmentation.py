@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_lightning.evaluation.spread import doubled
+
 
 class Confusion:
     """Counts of pixels by true and found class, and the intersection over union that they make.
@@ -77,7 +79,7 @@ def discover_object(features: Tensor, k: int = 100) -> Discovered:
     """
     if features.ndim != 3:
         raise ValueError(f"expected features (D, h, w) of one image, got {tuple(features.shape)}")
-    flat = features.flatten(1).double()
+    flat = doubled(features.flatten(1))
     flat = flat - flat.mean(dim=1, keepdim=True)
     correlation = flat.T @ flat
     degree = (correlation > 0).sum(dim=1)

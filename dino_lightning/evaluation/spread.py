@@ -24,9 +24,14 @@ def participation_ratio(features: Tensor) -> Tensor:
     return products.trace().square() / products.square().sum().clamp(min=1e-30)
 
 
+def doubled(x: Tensor) -> Tensor:
+    """In float64, on the host where the device has none (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def rank_me(features: Tensor) -> float:
     """Effective rank exp(−Σ p ln p) of features (N, D), p their singular values over the sum (RankMe, Garrido et al. 2023, eq. 2)."""
-    features = (features.cpu() if features.device.type == "mps" else features).double()  # squares take twice the digits
+    features = doubled(features)  # squares take twice the digits
     # The squares of the singular values are the eigenvalues of the smaller product: of (50,000, 2,048) features a hundredth of the work.
     gram = features @ features.T if len(features) < features.shape[1] else features.T @ features
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()

@@ -44,10 +44,16 @@ class Propagation:
         context = [self._first, *self._latest]
         known, labels = (torch.stack(part) for part in zip(*context))  # (n, D, h, w), (n, C, h, w)
         height, width = features.shape[1:]
-        rows = max(1, _SCORES // (len(context) * width * width * min(height, 2 * self.radius + 1)))
+        rows = self._rows_at_once(len(context), height, width)
         found = torch.cat([self._rows(features, known, labels, top, min(height, top + rows)) for top in range(0, height, rows)], dim=1)
         self._latest.append((features, found))
         return found
+
+    def _rows_at_once(self, frames: int, height: int, width: int) -> int:
+        """So many rows that their scores with the rows near them are few enough."""
+        most = _SCORES // (frames * width * width)  # of rows · (rows + 2 · radius)
+        rows = int((self.radius**2 + most) ** 0.5) - self.radius
+        return max(1, rows if rows + 2 * self.radius < height else most // height)
 
     def _rows(self, features: Tensor, known: Tensor, labels: Tensor, top: int, end: int) -> Tensor:
         """The labels of the rows from ``top`` to ``end`` (C, rows, w). Only the rows of other frames that are near are looked at."""

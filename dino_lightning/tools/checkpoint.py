@@ -109,6 +109,11 @@ def weights_hash(module: Method) -> str:
     return digest.hexdigest()
 
 
+def networks_of(module: Method, compare: bool) -> dict[str, nn.Module]:
+    """The backbone that is evaluated, "trained", and before it, to compare with, "untrained"."""
+    return {**({"untrained": untrained(module)} if compare else {}), "trained": module.evaluated.backbone}
+
+
 def untrained(module: Method) -> nn.Module:
     """Its backbone as it was before training, with other random numbers."""
     if module.backbone_name is None:

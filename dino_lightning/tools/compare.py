@@ -1,7 +1,5 @@
 """``dino-lightning compare``: methods side by side on the same images, each for the same time."""
 
-import contextlib
-import io
 import json
 import os
 import statistics
@@ -9,43 +7,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from dino_lightning.methods import METHODS, home
 from dino_lightning.tools import run_log
 from dino_lightning.tools.checkpoint import load_module
-from dino_lightning.tools.comparison_page import page, table
+from dino_lightning.tools.comparison_page import Result, as_markdown, as_page
 from dino_lightning.tools.folders import labelled_folders
 from dino_lightning.tools.knn import knn
 from dino_lightning.tools.linear import linear
+from dino_lightning.tools.training import best_of_last, hushed
 
 _BANK = 10_000  # images of the bank while a run goes on: with more, a large set would leave time for few points of the curve
-
-
-class Result(NamedTuple):
-    """Of a method.
-
-    Attributes:
-        method: its name.
-        knn: top-1 of 20 neighbours after the run, as a fraction.
-        linear: top-1 of the best linear classifier, as a fraction.
-        rank: RankMe of the bank's features.
-        images_per_s: of training.
-        megabytes: the most that the process had in memory.
-        parameters: of the backbone, in millions.
-        curve: (minutes, k-NN top-1), from the untrained network on, with a bank of at most 10,000 images.
-    """
-
-    method: str
-    knn: float
-    linear: float
-    rank: float
-    images_per_s: float
-    megabytes: float
-    parameters: float
-    curve: list[tuple[float, float]]
 
 
 def compare(
@@ -103,10 +78,10 @@ def compare(
             done.write_text(json.dumps(_judge(folder, method, root, minutes)._asdict()), encoding="utf-8")
         image_size = image_size or _config(folder)["data"]["global_crops_size"]
         results.append(Result(**json.loads(done.read_text(encoding="utf-8"))))
-    text = table(results)
+    text = as_markdown(results)
     about = f"{len(train)} images of {root}, {image_size}×{image_size} pixels, {minutes:g} minutes each, seed {seed}"
     (Path(output) / "comparison.md").write_text(f"{about}\n\n{text}\n", encoding="utf-8")
-    (Path(output) / "index.html").write_text(page(about, results), encoding="utf-8")
+    (Path(output) / "index.html").write_text(as_page(about, results), encoding="utf-8")
     print(f"{about}\n\n{text}\n\nthe page is {Path(output) / 'index.html'}")
     return results
 
@@ -157,14 +132,14 @@ def _judge(folder: Path, method: str, root: str, minutes: float) -> Result:
     last = max(int(row["step"]) for row in rows) or 1
     curve = [(minutes * int(row["step"]) / last, float(row["val/knn_top1"])) for row in validated]
     checkpoint = max(folder.glob("**/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with hushed(errors=True):
         top1, _ = knn(str(checkpoint), root, k=(20,))["trained"][0]
         found = linear(str(checkpoint), root)["trained"]
     backbone = load_module(str(checkpoint)).evaluated.backbone
     return Result(
         method,
         top1,
-        max(standing.last[0] for standing in found.values()),
+        best_of_last(found),
         float(validated[-1]["val/rank_me"]),
         statistics.median(rates),
         json.loads((folder / "memory.json").read_text(encoding="utf-8")),

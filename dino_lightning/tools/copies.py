@@ -14,7 +14,8 @@ from dino_lightning.data import ImageFiles, read_image
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.retrieval import Whitening, rank, score
 from dino_lightning.evaluation.whole import Pooling, squeezed, whole_features
-from dino_lightning.tools.checkpoint import images_of, load_module, untrained
+from dino_lightning.listing import list_images
+from dino_lightning.tools.checkpoint import images_of, load_module, networks_of
 
 _ORIGINAL = "original"
 _SIDE = 320  # pixels, as the reference has it
@@ -60,12 +61,12 @@ def copies(
 
     Raises:
         FileNotFoundError: if there are no originals, or no copies.
-        ValueError: for copies of which no original is there.
+        ValueError: for a kind of copies of which no original is there.
     """
     if image_size < 1 or ranked < 1:
         raise ValueError(f"image_size and ranked must be at least 1, got {image_size} and {ranked}")
     folder = Path(root)
-    if not holds_originals(folder):
+    if not (folder / _ORIGINAL).is_dir():
         raise FileNotFoundError(f"there is no folder {folder / _ORIGINAL}: root must hold {_ORIGINAL}/ and a folder for each kind of copies")
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
@@ -84,7 +85,7 @@ def copies(
         raise FileNotFoundError(f"there are no copies in {folder}, only {_ORIGINAL}/")
     bank = originals + (listed(distractors) if distractors else [])
     others = listed(whiten_with) if whiten_with else []
-    networks = {**({"untrained": untrained(module)} if compare else {}), "trained": module.evaluated.backbone}
+    networks = networks_of(module, compare)
     print(f"copies of {len(originals)} originals among {len(bank)} images, {image_size}×{image_size} pixels, {pooling}; mAP of the first {ranked}")
     results: dict[str, dict[str, float]] = {}
     for title, network in networks.items():
@@ -109,13 +110,18 @@ def copies(
                 raise ValueError(f"no copy in {folder / kind} has the first {_NAMED_ALIKE} letters of an original, such as {originals[0].name}")
             order = rank(places, ready(features(paths)), ranked)
             results[title][kind] = score(order, positives, trapezoid=trapezoid).mean_ap
-            print(f"{title:12}{kind:20}{100 * results[title][kind]:6.1f}")
+            alone = sum(not len(found) for found in positives)
+            print(f"{title:12}{kind:20}{100 * results[title][kind]:6.1f}" + (f"   ({alone} copies of no original do not count)" if alone else ""))
     return results
 
 
 def holds_originals(root: Path) -> bool:
-    """Whether it holds originals, as Copydays does."""
-    return (root / _ORIGINAL).is_dir()
+    """Whether it holds originals and copies with names alike, as Copydays does."""
+    if not (root / _ORIGINAL).is_dir():
+        return False
+    names = [Path(name) for name in list_images(root)]
+    originals = {_key(name) for name in names if name.parts[0] == _ORIGINAL}
+    return any(_key(name) in originals for name in names if len(name.parts) > 1 and name.parts[0] != _ORIGINAL)
 
 
 def _key(path: Path) -> str:

@@ -1,9 +1,8 @@
-"""Pages in HTML that need nothing but themselves: tables, lines, pictures and maps of points, all in one file."""
+"""Pages in HTML that need nothing but themselves: tables, lines and pictures, all in one file."""
 
 import base64
 import html
 import io
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,6 +40,7 @@ def document(title: str, body: str) -> str:
 
 
 def paragraph(text: str) -> str:
+    """Plain text as a paragraph."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -52,6 +52,7 @@ class Heading(NamedTuple):
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str] | Heading]) -> str:
+    """Plain text in cells, the heads above them."""
     top = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
     return f"<table><tr>{top}</tr>{''.join(_row(row, len(heads)) for row in rows)}</table>"
 
@@ -68,6 +69,7 @@ def picture(image: Image.Image, alt: str) -> str:
 
 
 def data_address(image: Image.Image) -> str:
+    """A picture as an address, JPEG within."""
     held = io.BytesIO()
     image.convert("RGB").save(held, "JPEG", quality=_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
@@ -108,99 +110,12 @@ def lines(drawn: Sequence[Line], what: str, percent: bool = True) -> str:
         y = max([y, *(other + 14 for other in taken)])  # the best stand first, and highest
         taken.append(y)
         parts.append(f'<polyline points="{across}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        if len(line.points) == 1:
+            x, at = place(*line.points[0])
+            parts.append(f'<circle cx="{x}" cy="{at}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{right + 6}" y="{y + 4}" fill="{colour}">{html.escape(line.name)}</text>')
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="currentColor" role="img" aria-label="{html.escape(what)}">{"".join(parts)}</svg>'
 
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.3g}"
-
-
-class Points(NamedTuple):
-    """Images as points of a plane: a map (N, 2) for each way to lay them out, and of each image a name, a class and a small picture.
-
-    ``labels`` index ``classes``; without classes all are alike. ``pictures`` are squares, all of one size.
-    """
-
-    maps: dict[str, Sequence[Sequence[float]]]
-    names: Sequence[str]
-    labels: Sequence[int]
-    classes: Sequence[str]
-    pictures: Sequence[Image.Image]
-
-
-def scatter(points: Points) -> str:
-    """A map to look around in: the image under the pointer is shown, classes are hidden and shown by their names."""
-    side, across = points.pictures[0].width, max(1, round(len(points.pictures) ** 0.5))
-    together = Image.new("RGB", (side * across, side * -(-len(points.pictures) // across)))
-    for i, image in enumerate(points.pictures):
-        together.paste(image, (side * (i % across), side * (i // across)))
-    maps = {name: [[round(float(value), 4) for value in point] for point in _unit(places)] for name, places in points.maps.items()}
-    held = {
-        "maps": maps, "names": list(points.names), "labels": list(points.labels), "classes": list(points.classes), "side": side, "across": across
-    }  # fmt: skip
-    told = json.dumps(held).replace("<", "\\u003c")  # no end of the script within it
-    return (
-        '<div class="map"><div class="ways"></div><canvas width="1400" height="900" role="img" aria-label="images as points"></canvas>'
-        f'<div class="legend"></div><div class="tip"></div></div>\n<script>\n({_MAP})({told}, "{data_address(together)}")\n</script>'
-    )
-
-
-def _unit(places: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Each coordinate from 0 to 1."""
-    columns = []
-    for column in zip(*places):
-        low, span = min(column), (max(column) - min(column)) or 1
-        columns.append([(value - low) / span for value in column])
-    return [list(point) for point in zip(*columns)]
-
-
-_MAP = """function (held, address) {
-  const map = document.currentScript.previousElementSibling, canvas = map.querySelector("canvas"), tip = map.querySelector(".tip")
-  const pen = canvas.getContext("2d"), edge = 30, off = new Set(), sheet = new Image()
-  sheet.src = address
-  const colour = label => held.classes.length ? `hsl(${label * 360 / held.classes.length} 70% ${label % 2 ? 35 : 50}%)` : "#0072b2"
-  const button = (where, text, act) => {
-    const made = document.createElement("button")
-    made.textContent = text; made.onclick = () => { act(made); draw() }; where.append(made)
-    return made
-  }
-  let way = Object.keys(held.maps)[0]
-  const place = i => held.maps[way][i].map((value, axis) => edge + (axis ? 1 - value : value) * ((axis ? canvas.height : canvas.width) - 2 * edge))
-  const shown = i => !off.has(held.labels[i])
-  const draw = () => {
-    pen.clearRect(0, 0, canvas.width, canvas.height)
-    held.names.forEach((_, i) => {
-      if (!shown(i)) return
-      const [x, y] = place(i)
-      pen.fillStyle = colour(held.labels[i]); pen.globalAlpha = .75
-      pen.beginPath(); pen.arc(x, y, 6, 0, 7); pen.fill()
-    })
-  }
-  if (Object.keys(held.maps).length > 1)
-    for (const name of Object.keys(held.maps)) button(map.querySelector(".ways"), name, () => { way = name })
-  held.classes.forEach((name, label) => {
-    const made = button(map.querySelector(".legend"), name, one => one.classList.toggle("off", !off.delete(label) && off.add(label)))
-    made.style.color = colour(label)
-  })
-  canvas.onmousemove = event => {
-    const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width
-    const at = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale]
-    let best = -1, least = 20 * 20
-    held.names.forEach((_, i) => {
-      const [x, y] = place(i), far = (x - at[0]) ** 2 + (y - at[1]) ** 2
-      if (shown(i) && far < least) { best = i; least = far }
-    })
-    tip.style.display = best < 0 ? "none" : "block"
-    if (best < 0) return
-    tip.textContent = held.names[best] + (held.classes.length ? " (" + held.classes[held.labels[best]] + ")" : "")
-    const small = document.createElement("canvas"), side = held.side
-    small.width = small.height = side; small.style.display = "block"; small.style.width = 2 * side + "px"; small.style.border = "0"
-    small.getContext("2d").drawImage(sheet, side * (best % held.across), side * Math.floor(best / held.across), side, side, 0, 0, side, side)
-    tip.prepend(small)
-    tip.style.left = Math.min(event.clientX - box.left + 16, box.width - 2 * side - 20) + "px"
-    tip.style.top = canvas.offsetTop + event.clientY - box.top + 16 + "px"
-  }
-  canvas.onmouseleave = () => { tip.style.display = "none" }
-  draw()
-}"""

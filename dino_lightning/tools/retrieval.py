@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dino_lightning.data import ImageFiles, ImageFolder, read_image
+from dino_lightning.data import ImageFiles, ImageFolder, find_splits, read_image
 from dino_lightning.data.painting import normalize
-from dino_lightning.evaluation.retrieval import Whitening, rank, score
+from dino_lightning.evaluation.retrieval import Whitening, ranked, score
 from dino_lightning.evaluation.whole import SQUARE_ROOTS, Pooling, thumbnail, whole_features
-from dino_lightning.tools.checkpoint import images_of, load_module, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, networks_of
 
 _BUILDINGS = {"roxford5k": (224, (1.0,)), "rparis6k": (512, SQUARE_ROOTS)}  # as the reference evaluates them: longest side, scales
 
@@ -29,7 +29,7 @@ class _Task(NamedTuple):
     bank: list[Path]
     queries: list[Path]
     boxes: list[Sequence[float] | None]
-    settings: dict[str, tuple[list[np.ndarray], list[np.ndarray]]]
+    settings: dict[str, tuple[Sequence[np.ndarray], Sequence[np.ndarray]]]
 
 
 def retrieval(
@@ -75,7 +75,9 @@ def retrieval(
         precision and the mean precisions.
 
     Raises:
-        ValueError: for images that cannot be read, and folders without classes.
+        FileNotFoundError: for images that the ground truth names and that are not there.
+        UnreadableImage: for images that cannot be read.
+        ValueError: for a broken ground truth, and folders without classes or with splits.
     """
     name, task = _task(Path(root))
     side, usual_scales = _BUILDINGS.get(name, (None, (1.0,)))
@@ -86,7 +88,7 @@ def retrieval(
         raise ValueError(f"scales must be positive, such as 1,0.7071,0.5, got {scales}")
     others = ImageFiles([whiten_with], shown.in_chans) if whiten_with else ()
     results: dict[str, dict[str, tuple[float, ...]]] = {}
-    networks = {**({"untrained": untrained(module)} if compare else {}), "trained": module.evaluated.backbone}
+    networks = networks_of(module, compare)
     print(f"{name}: {len(task.queries)} queries among {len(task.bank)} images, longest side {longest}, scales {', '.join(f'{s:.3g}' for s in scales)}, {pooling}")
     print(" " * 22 + f"{'mAP':>7}" + "".join(f"{f'mP@{k}':>8}" for k in at))
     for title, network in networks.items():
@@ -107,10 +109,9 @@ def retrieval(
         if whiten_with:
             whitening = Whitening(features([Path(others.path(i)) for i in range(len(others))]), centred=True)
             bank, queries = (F.normalize(whitening(some), dim=1) for some in (bank, queries))
-        order = rank(bank, queries)
         results[title] = {}
         for setting, (positives, ignored) in task.settings.items():
-            found = score(order, positives, ignored, at, trapezoid)
+            found = score(ranked(bank, queries), positives, ignored, at, trapezoid)
             results[title][setting] = (found.mean_ap, *found.precisions)
             print(f"{title:12}{setting:10}" + f"{100 * found.mean_ap:7.1f}" + "".join(f"{100 * value:8.1f}" for value in found.precisions))
     return results
@@ -127,12 +128,28 @@ def _task(root: Path) -> tuple[str, _Task]:
             file = root / f"gnd_{name}{suffix}"
             if file.is_file():
                 return name, _buildings(root, file)
+    if find_splits(root)[1]:
+        raise ValueError(f"{root} has splits; name one of them, such as {find_splits(root)[1][0]}, whose images search among each other")
     folder = ImageFolder(root)
     if folder.classes is None:
         raise ValueError(f"{root} has no class folders, and no gnd_roxford5k or gnd_rparis6k (.pkl or .json) beside jpg/: nothing says what should be found")
     paths = [Path(folder.path(i)) for i in range(len(folder))]
-    positives = [np.setdiff1d(np.flatnonzero(folder.labels == label), [i]) for i, label in enumerate(folder.labels)]
-    return root.name, _Task(paths, paths, [None] * len(paths), {"classes": (positives, [np.array([i]) for i in range(len(paths))])})
+    itself = np.arange(len(paths))[:, None]
+    return root.name, _Task(paths, paths, [None] * len(paths), {"classes": (_OthersOfClass(folder.labels), itself)})
+
+
+class _OthersOfClass(Sequence):
+    """For each image the others of its class, found when they are asked for: together they are quadratic in number."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        found = np.flatnonzero(self._labels == self._labels[index])
+        return found[found != index]
 
 
 def _buildings(root: Path, file: Path) -> _Task:
@@ -148,6 +165,10 @@ def _buildings(root: Path, file: Path) -> _Task:
     missing = [path for path in (*images["imlist"], *images["qimlist"]) if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} images that {file.name} names are not there, the first of them {missing[0]}")
+    for query, truth in enumerate(truths):
+        wrong = [int(n) for numbers in truth.values() for n in numbers if not 0 <= n < len(images["imlist"])]
+        if wrong:
+            raise ValueError(f"{file} says of query {query} that image {wrong[0]} is what it means, but has {len(images['imlist'])} images, counted from 0")
 
     def of(*names: str) -> list[np.ndarray]:
         return [np.concatenate([truth[name] for name in names]) for truth in truths]

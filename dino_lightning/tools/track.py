@@ -16,7 +16,7 @@ from dino_lightning.data.frames import FolderFrames, VideoFrames, open_frames
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features
 from dino_lightning.evaluation.tracking import Propagation, contour_accuracy, region_similarity
-from dino_lightning.tools.checkpoint import images_of, load_module, untrained
+from dino_lightning.tools.checkpoint import images_of, load_module, networks_of
 from dino_lightning.tools.films import FOLDER_RATE, film_writer
 from dino_lightning.tools.masks import read_mask
 
@@ -97,7 +97,7 @@ def track(
         films = list(_davis(Path(frames[0])))
     else:
         films = [_Film("", open_frames(frames[0]), Path(mask), _masks(Path(truth)) if truth else {})]
-    networks = {"trained": module.evaluated.backbone} | ({"untrained": untrained(module)} if compare else {})
+    networks = networks_of(module, compare)
     objects: dict[str, list[tuple[float, float]]] = {title: [] for title in networks}
     count = 0
     for film in films:

@@ -1,6 +1,8 @@
 """How the tools train and report classifiers: one device, a progress bar, nothing written that was not asked for."""
 
-from collections.abc import Sequence
+import contextlib
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,18 @@ def new_file(path: str) -> Path:
         raise FileExistsError(f"there is already something at {path}; give another --output, or move it away")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+def best_of_last(found: Mapping[float, Standing]) -> float:
+    """The best top-1 accuracy of the last epoch, over the learning rates."""
+    return max(standing.last[0] for standing in found.values())
+
+
+@contextlib.contextmanager
+def hushed(errors: bool = False) -> Iterator[None]:
+    """Without what a tool prints; its progress and its warnings stay, unless they are asked away too."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) if errors else contextlib.nullcontext():
+        yield
 
 
 def print_standings(rows: Sequence[tuple[str, Standing]], chosen: str) -> None:
