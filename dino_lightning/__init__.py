@@ -1,4 +1,4 @@
-"""DINO self-supervised learning (Caron et al. 2021) as a PyTorch Lightning package."""
+"""Self-supervised learning on images with PyTorch Lightning: DINO, DINOv2, and methods to compare them with."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

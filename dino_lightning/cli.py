@@ -104,8 +104,9 @@ class DINOCLI(LightningCLI):
         options, fits = self._options, self.config.get("subcommand") == "fit"
         path = options.get("ckpt_path")
         is_last = path == "last"  # one that is named begins another branch
+        if path:
+            path = continuation.checkpoint_at(path, options.trainer.default_root_dir, options.checkpoint.dirpath)
         if is_last:
-            path = continuation.find_last(options.trainer.default_root_dir, options.checkpoint.dirpath)
             rank_zero_info("--ckpt_path last: going on from %s", path)
         if path and Path(path).is_file():
             saved = read_checkpoint(path)
@@ -131,8 +132,9 @@ class DINOCLI(LightningCLI):
         """Lightning lets a checkpoint's hyper-parameters overrule the command line; parse_arguments has them already."""
 
     def instantiate_classes(self) -> None:
-        """Loggers write below the root folder unless they are told where (W&B's would write to the current folder), or on
-        in the folder of the run that goes on. The configuration that is kept does not say what goes on: it begins a new run.
+        """Builds model, data and Trainer from a copy of the configuration in which loggers write below the root folder (W&B's would write to
+        the current one), or on into the folder of the run that goes on. What ``config.yaml`` keeps is the configuration as it was given,
+        which begins a new run.
         """
         given = self.config
         self.config = given.clone()
@@ -151,7 +153,7 @@ class DINOCLI(LightningCLI):
         keep = self._options.checkpoint
         if keep.filename == "last" and (keep.monitor or keep.save_top_k not in (0, 1)):  # several: each by its name, and the newest
             keep.filename, keep.save_last = None, True
-        if keep.monitor and keep.monitor.startswith("val/"):  # is known behind a validation only
+        if keep.monitor and keep.monitor.startswith("val/"):  # is known after a validation only
             keep.save_on_train_epoch_end = None
         if self._interrupted is not None and options.logger is not False:
             continuation.continue_loggers(options, self._options.ckpt_path, self._interrupted)
@@ -218,8 +220,7 @@ def _method_of(args: Sequence[str]) -> str:
     path = said.get("ckpt_path")
     if said.get("method") or not path:
         return said.get("method") or "dino"
-    if path == "last":
-        path = continuation.find_last(said.get("trainer.default_root_dir"), said.get("checkpoint.dirpath"))
+    path = continuation.checkpoint_at(path, said.get("trainer.default_root_dir"), said.get("checkpoint.dirpath"))
     return read_checkpoint(path).get("method", "dino") if Path(path).is_file() else "dino"
 
 
@@ -237,7 +238,8 @@ def _link_channels(options: Namespace) -> None:
     backbone, wanted = options.model.backbone, options.data.in_chans
     if not isinstance(backbone, Namespace) or "in_chans" not in backbone.get("init_args", {}):
         return
-    default = inspect.signature(_imported(backbone.class_path)).parameters["in_chans"].default
+    parameter = inspect.signature(_imported(backbone.class_path)).parameters.get("in_chans")  # not of one that passes **kwargs on
+    default = 3 if parameter is None else parameter.default
     if backbone.init_args.in_chans not in (default, wanted):
         raise ValueError(
             f"model.backbone.init_args.in_chans is {backbone.init_args.in_chans}, but data.in_chans {wanted}; give data.in_chans alone"
@@ -276,7 +278,7 @@ def run(call: Call) -> None:
 
 
 def _show_log() -> None:
-    """What a load of weights matched, where a run goes on."""
+    """Shows this package's own messages on stderr, unless the program that called has handlers of its own."""
     log = logging.getLogger("dino_lightning")
     log.setLevel(logging.INFO)
     if not log.hasHandlers():

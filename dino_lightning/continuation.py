@@ -16,15 +16,24 @@ _CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Ligh
 _LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
 
 
+def checkpoint_at(path: str, root: str | None, checkpoints: str | None) -> str:
+    """The file that ``--ckpt_path`` names: ``last`` is that of ``find_last``."""
+    return find_last(root, checkpoints) if path == "last" else os.path.expanduser(path)
+
+
 def find_last(root: str | None, checkpoints: str | None) -> str:
-    """The newest ``last.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead.
+    """The newest ``last*.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead.
 
     Raises:
         FileNotFoundError: if there is none.
+        ValueError: if the folder is an address, which cannot be searched.
     """
     if _was_told():
         return os.environ[_CHOSEN]
-    folders = [root or ".", *([checkpoints] if checkpoints else [])]
+    folders = [os.path.expanduser(folder) for folder in (root or ".", *([checkpoints] if checkpoints else []))]
+    for folder in folders:
+        if "://" in folder:
+            raise ValueError(f"--ckpt_path last looks in folders of this machine, not at {folder}; name the checkpoint")
     # A link may lead nowhere.
     found = [path for folder in folders for path in Path(folder).glob("**/last*.ckpt") if path.exists()]
     if not found:
@@ -38,7 +47,7 @@ def find_last(root: str | None, checkpoints: str | None) -> str:
 def restartable(args: Sequence[str]) -> list[str]:
     """Arguments of fit, without ``--ckpt_path last`` as long as there is nothing to go on with and torchrun may start them again.
 
-    (``torchrun --max-restarts``: what it starts behind a failure is the same command. All machines must see the run's folder.)
+    (``torchrun --max-restarts``: what it starts after a failure is the same command. All machines must see the run's folder.)
     """
     given = said(args)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or given.get("ckpt_path") != "last":
@@ -119,7 +128,6 @@ def continue_loggers(options: Namespace, checkpoint: str, saved: Mapping[str, An
                 logger.init_args[name] = value
         if kind == "CSVLogger":  # Lightning's begins a file anew
             logger.class_path = "dino_lightning.training.loggers.AppendingCSVLogger"
-            known = ("save_dir", "name", "version")
-            logger.init_args = Namespace(first_step=step, **{name: logger.init_args[name] for name in known})
+            logger.init_args.first_step = step
         else:  # hides the steps that are taken again
             logger.dict_kwargs = {"purge_step": step, **(logger.get("dict_kwargs") or {})}

@@ -41,7 +41,7 @@ def report(
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         rows, *row_shape = np.load(folder / FEATURES, mmap_mode="r").shape  # an error where the file is shorter
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):  # of a file without a byte
         return None
     now = asked(checkpoint, what, n_blocks, image_size, mean, std)
     known = (facts.get("complete"), facts.get("dino_lightning"), facts.get("asked"), facts.get("features"))

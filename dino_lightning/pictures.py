@@ -16,7 +16,7 @@ _CAPTION = 12  # pixels of a caption's letters
 
 
 def rgb(image: Tensor) -> np.ndarray:
-    """An image (C, H, W) of uint8 as colours (H, W, 3); one channel becomes gray, of more than three the first three are shown."""
+    """An image (C, H, W) of uint8 as colours (H, W, 3); fewer than three are shown as gray by their first one, of more the first three."""
     channels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return channels.permute(1, 2, 0).cpu().numpy()
 

@@ -15,6 +15,7 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
+    """Of all recipes, sorted, without .yaml."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
@@ -30,8 +31,8 @@ def summary(name: str) -> str:
 
 
 def resolve(config: str) -> str:
-    """A path as it is; the name of a recipe (``vit_small``, with or without .yaml) becomes its path, and ``auto``, whose settings are
-    chosen later, an empty text.
+    """A path as it is; the name of a recipe (``vit_small``, with or without .yaml) becomes its path; ``auto``, whose settings are chosen
+    later, becomes an empty configuration (``{}``).
 
     Raises:
         FileNotFoundError: if it is neither, listing the recipes.

@@ -1,5 +1,6 @@
 """What the tests share: the reference's golden numbers, and a few real image files."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,14 @@ from PIL import Image
 torch.set_num_threads(1)  # the networks here are tiny: threads would only wait for each other
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(autouse=True)
+def no_seed_of_another_test():
+    """Lightning keeps the seed of a run in the environment, where later modules would find it."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 class Golden:

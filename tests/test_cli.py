@@ -193,7 +193,7 @@ def test_a_resumed_run_goes_on_in_its_folder(run_dir, caplog, capsys):
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     assert (run / "metrics.csv").read_text().splitlines()[: len(before)] == before
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(12))
-    assert "resumed for 12 steps in all, before it were 8" in caplog.text
+    assert "resumed for 12 steps in all; before, there were 8" in caplog.text
     after = next(state for name, state in load(run / "checkpoints/last.ckpt")["callbacks"].items() if "knn_top1" in name)
     assert after["best_model_score"] >= best["best_model_score"] and len(list(run.rglob("*.ckpt"))) == 2
     assert not list(run.rglob(".*.partial")), "what was left of it is swept"

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from torch.utils.data import Dataset
 from dino_lightning import DINOModule, MultiCropDataModule, VisionTransformer
 from dino_lightning.data import ImageFolder
 from dino_lightning.data.sampler import EpochSampler
+from dino_lightning.data.unreadable import UnreadableImagesError, UnreadableLedger
+from dino_lightning.data.views import Unpainted
 
 SMALL = dict(global_crops_size=32, local_crops_size=16, local_crops_number=2, batch_size=4, num_workers=0)
 
@@ -336,3 +339,41 @@ def test_ranks_share_one_permutation():
 def test_sampler_goes_on_where_it_stopped():
     whole = list(EpochSampler(range(20), 4, position=lambda: (2, 0)))
     assert list(EpochSampler(range(20), 4, position=lambda: (2, 3))) == whole[12:]
+
+
+def test_a_resumed_epoch_counts_its_own_images():
+    """One broken image shortly behind the place where a run went on is no large share of the epoch."""
+    ledger, batch = UnreadableLedger(0.01), Unpainted([], [], torch.zeros(64), [])
+
+    def trainer(done):
+        progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=done)))
+        return SimpleNamespace(
+            fit_loop=SimpleNamespace(epoch_loop=progress), num_training_batches=2000, global_step=0, max_steps=-1, is_global_zero=True, current_epoch=0
+        )
+
+    ledger.note(trainer(498), batch._replace(unreadable=["a.jpg: broken"]))
+    ledger.note(trainer(499), batch)
+    with pytest.raises(UnreadableImagesError, match="1300 of 128000 images"):
+        ledger.note(trainer(999), batch._replace(unreadable=[f"{i}.jpg" for i in range(1299)]))
+
+
+def test_a_hook_of_a_subclass_is_called_once_a_batch(image_folder):
+    class Counting(MultiCropDataModule):
+        calls = 0
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            self.calls += 1
+            return super().on_after_batch_transfer(batch, dataloader_idx)
+
+    data = Counting(image_folder, **SMALL)
+    module = DINOModule("shufflenet_v2_x0_5", img_size=32, out_dim=8, hidden_dim=8, warmup_epochs=0)
+    trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, data)
+    assert data.calls == 2
+
+
+@pytest.mark.parametrize("options, words", [(dict(std=(0.2, 0.0, 0.2)), "std must be of levels"), (dict(mean=(123.7, 116.3, 103.5)), "mean must be of levels"),
+                                            (dict(max_unreadable=2), "max_unreadable is a share")])  # fmt: skip
+def test_numbers_out_of_their_range_are_named(options, words, image_folder):
+    with pytest.raises(ValueError, match=words):
+        MultiCropDataModule(image_folder, **options)

@@ -51,6 +51,7 @@ def test_pages_take_everything_from_the_code(hooks):
     assert all(f"## {name}: " in pages["reference/methods.md"] for name in METHODS)
     with pytest.raises(LookupError, match="losses/dino.py has 0 times DINOLoss.backward"):
         hooks["expand"]("{{ source losses/dino.py DINOLoss.backward }}")
+    assert all(summary.endswith((".", ".)")) for summary in recipes.summaries().values()), "a whole sentence in --help"
     named = README.read_text() + pages["how-to/images.md"]
     assert all(f"`{name}`" in named for name in recipes.names()), "each recipe is for somebody"
 

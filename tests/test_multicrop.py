@@ -180,6 +180,7 @@ def paint_with_pil(image: Image.Image, record: np.void) -> Image.Image:
         (dict(local_crops_scale=(0.5, 0.1)), "local_crops_scale"),
         (dict(global_crops_scale=(0.0, 1.0)), "global_crops_scale"),
         (dict(blur_sigma=(2.0, 0.1)), "blur_sigma"),
+        (dict(blur_sigma=(0.1, 1.0, 2.0)), "blur_sigma"),
         (dict(color_jitter=(0.4, 0.4, 0.2, 0.6)), "hue at most 0.5"),
         (dict(local_crops_number=-1), "local_crops_number"),
         (dict(local_crops_size=(0, 96)), "local_crops_size"),
@@ -203,6 +204,7 @@ def test_reduction_leaves_every_crop_something_to_shrink(height, width, expected
     assert expected == 1 or sides.min() >= 1.5 * 96
     without_local = MultiCrop(local_crops_number=0, global_crops_size=(150, 150))
     assert without_local.reduction(1500, 2000) == 4, "the smallest global crop has 949 pixels"
+    assert multicrop.reduction(900, 10_000) == 2, "no crop of a panorama is higher than it"
 
 
 def test_crops_of_a_reduced_photograph_are_those_of_the_whole(tmp_path):

@@ -115,7 +115,7 @@ def test_resumed_with_other_micro_batches(tmp_path, caplog):
     one = dict(folder=tmp_path, devices=1, enable_checkpointing=True)
     whole = train(batch_size=4, callbacks=[every_step(tmp_path)], **one)
     resumed = train(batch_size=2, accumulate_grad_batches=2, limit_train_batches=10, ckpt_path=tmp_path / "step=3.ckpt", **one)
-    assert "resumed on 1 device(s) with 2 accumulated batches, before it were 1 and 1" in caplog.text
+    assert "resumed on 1 device(s) with 2 accumulated batches; before, there were 1 and 1" in caplog.text
     assert len(resumed["losses"]) == 14 and len(whole["losses"]) == 10
     torch.testing.assert_close(
         torch.tensor(resumed["losses"]).unflatten(0, (7, 2)).sum(dim=1), torch.tensor(whole["losses"][3:]), rtol=1e-5, atol=0
@@ -131,7 +131,7 @@ def test_another_plan_on_resume_is_pointed_out(tmp_path, caplog):
     options = dict(folder=tmp_path, devices=1, enable_checkpointing=True)
     train(batch_size=4, callbacks=[every_step(tmp_path)], **options)
     train(batch_size=2, ckpt_path=tmp_path / "step=3.ckpt", **options)
-    assert "resumed with 2 images a step and 11 steps an epoch, before it were 4 and 5" in caplog.text
+    assert "resumed with 2 images a step and 11 steps an epoch; before, there were 4 and 5" in caplog.text
 
 
 def test_checkpoints_within_accumulated_batches_are_refused(tmp_path):

@@ -130,7 +130,7 @@ def assert_same_metrics(expected, ranks, exact):
 
 
 def test_other_devices_are_pointed_out_on_resume(two):
-    assert two[1].count("resumed on 2 device(s) with 1 accumulated batches, before it were 1 and 1") == 1
+    assert two[1].count("resumed on 2 device(s) with 1 accumulated batches; before, there were 1 and 1") == 1
 
 
 def test_a_cnn_on_two_ranks_uses_every_parameter(two):

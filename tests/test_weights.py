@@ -17,6 +17,7 @@ from torch import nn
 
 from dino_lightning import DINOModule, VisionTransformer, load_backbone
 from dino_lightning.backbones import build
+from dino_lightning.methods.simclr import SimCLRModule
 from dino_lightning.tools import attention, export, knn
 from dino_lightning.weights import PUBLISHED
 from dino_lightning.weights.export import export as write
@@ -251,6 +252,14 @@ def test_other_channels_by_the_stated_rule(tmp_path):
     torch.testing.assert_close(adapted(weight, 6).sum(), weight.sum())
 
 
+def test_checkpoints_of_methods_with_one_network(tmp_path):
+    module = SimCLRModule("vit_tiny", img_size=32, patch_size=16, hidden_dim=16)
+    torch.save({"state_dict": module.state_dict(), "method": "simclr"}, tmp_path / "simclr.ckpt")
+    assert same_weights(load_backbone(tmp_path / "simclr.ckpt"), module.network.backbone)
+    started = DINOModule("vit_tiny", img_size=32, patch_size=16, out_dim=8, hidden_dim=8, weights=str(tmp_path / "simclr.ckpt"))
+    assert same_weights(started.teacher.backbone, module.network.backbone)
+
+
 def test_own_checkpoints(small_checkpoint):
     teacher = DINOModule.load_from_checkpoint(small_checkpoint).teacher.backbone
     assert same_weights(teacher, load_backbone(small_checkpoint))
@@ -377,7 +386,7 @@ def test_a_grid_of_as_many_patches_is_another_grid(tiny):
     assert same_weights(vit, started.student.backbone)
 
 
-def test_networks_that_compute_something_else_are_refused(tmp_path):
+def test_networks_that_compute_something_else_are_refused(tmp_path, monkeypatch):
     shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 96}
     other = shaken(transformers.ViTModel(transformers.ViTConfig(**shape, hidden_act="quick_gelu")))
     other.save_pretrained(tmp_path)
@@ -387,6 +396,12 @@ def test_networks_that_compute_something_else_are_refused(tmp_path):
     blurred = timm.create_model("resnetblur50", num_classes=0)
     with pytest.raises(ValueError, match="ResNet computes something else from the same weights .* Use it itself as the backbone"):
         load_backbone(blurred)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **options: blurred)
+    with pytest.raises(ValueError, match="timm/resnetblur50 computes something else from the same weights"):
+        load_backbone("timm/resnetblur50")
+    with pytest.raises(ValueError, match="timm has no model 'resnetblurred50'"):
+        load_backbone("timm/resnetblurred50")
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="a ViT without a class token"):
         load_backbone(timm.create_model("vit_base_patch16_reg4_gap_256", depth=1, num_classes=0))
 

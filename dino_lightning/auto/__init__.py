@@ -56,7 +56,7 @@ def in_place(args: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _seconds(given: Mapping[str, Any], minutes: str | None) -> float | None:
-    """Of the run; None where its length is said otherwise."""
+    """Seconds that the run may take; None where its length is said otherwise."""
     lengths = [name for name in _LENGTHS if given.get(name) not in (None, "null", -1, "-1", False, "false")]
     if lengths and minutes is not None:
         raise UsageError(f"--minutes says how long the run is, and so does {lengths[0]}={given[lengths[0]]}; leave one of them out")
@@ -117,9 +117,7 @@ def _with(rest: Sequence[str], config: str) -> list[str]:
 
 
 def _going_on(rest: Sequence[str], given: Mapping[str, Any]) -> tuple[list[str], str]:
-    path = given["ckpt_path"]
-    if path == "last":
-        path = continuation.find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
+    path = continuation.checkpoint_at(given["ckpt_path"], given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
     config = continuation.run_of(path, read_checkpoint(path)) / "config.yaml"
     if not config.exists():
         raise UsageError(

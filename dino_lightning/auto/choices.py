@@ -41,7 +41,7 @@ class Choices(list[Choice]):
 
     def __init__(self, said: Mapping[str, Any]) -> None:
         super().__init__()
-        self.said = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in said.items()}
+        self.said = {name: _parsed(value) for name, value in said.items()}
 
     def make(self, option: str, value: Any, why: str) -> Any:
         """The value that holds: what the user said, else an earlier choice, else this one."""
@@ -67,6 +67,14 @@ class Choices(list[Choice]):
         asked, fits = self[index].value, 2 ** max(0, most.bit_length() - 1)
         self[index] = Choice("data.batch_size", fits, why)
         self.make("trainer.accumulate_grad_batches", max(1, asked // fits), f"{asked} images a step")
+
+
+def _parsed(value: Any) -> Any:
+    """A text of the command line as YAML has it; what is none, such as a folder called "[2023] trip", as it is."""
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        return value
 
 
 def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:

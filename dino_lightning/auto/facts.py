@@ -1,6 +1,5 @@
 """What the settings of a run depend on: its images, its device, its time."""
 
-import os
 import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,13 +9,15 @@ from torch.utils.data import Dataset
 
 from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.data.views import UNREADABLE, load
+from dino_lightning.data.workers import cores
 from dino_lightning.tools.fit_options import device_count, first_device
 
 _LOOKED_AT = 32  # images whose size is read
 
 
 class Facts(NamedTuple):
-    """
+    """What the images and devices of a run are.
+
     Attributes:
         images: that are trained on.
         bank, queries: labelled ones that a validation takes; 0 without labels.
@@ -37,13 +38,13 @@ class Facts(NamedTuple):
     half: bool
 
     def __str__(self) -> str:
-        cores = _cores()
-        device = f"{self.devices} × {self.gpu}" if self.gpu else f"{cores} CPU core{'s' * (cores > 1)}"
+        count = cores()
+        device = f"{self.devices} × {self.gpu}" if self.gpu else f"{count} CPU core{'s' * (count > 1)}"
         return f"{self.images} images, the shorter side {self.side} pixels; {device}"
 
 
 def look(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> Facts:
-    """Of a run with these options of ``MultiCropDataModule`` and of the Trainer.
+    """Looks at the images and devices of a run with these options of ``MultiCropDataModule`` and of the Trainer.
 
     Raises:
         ValueError, FileNotFoundError: as the data module would say.
@@ -86,7 +87,3 @@ def _shorter_side(source: Dataset, in_chans: int) -> int:
 def _cpu_has_bfloat16() -> bool:
     """Others emulate it, many times slower than float32. torch has no public name for these questions."""
     return any(getattr(torch.cpu, question, bool)() for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -15,7 +15,8 @@ _INSTEAD = "give --trainer.max_epochs instead of --minutes, or smaller batches"
 
 
 def images_per_second(args: Sequence[str], seconds: int) -> float:
-    """Of ``dino-lightning fit`` with these arguments, over all devices, without validation, measured for some seconds, up to 59.
+    """Images a second, over all devices, of ``dino-lightning fit`` with these arguments, without validation; measured for so many seconds, at
+    most 59.
 
     Raises:
         ValueError: if it fails, with the end of what it said.

@@ -68,7 +68,8 @@ def build(
             mask_token=mask_token, drop_path_uniform=drop_path_uniform,
         )  # fmt: skip
     if name.startswith("timm/") or name in cnn_names():
-        options = {"registers": registers, "mask_token": mask_token, "drop_path_uniform": drop_path_uniform}
+        options = {"registers": registers, "mask_token": mask_token, "drop_path_uniform": drop_path_uniform, "layer_scale": layer_scale}
+        options |= {"ffn": ffn} if ffn != "mlp" else {}
         asked = ", ".join(f"{option}={value}" for option, value in options.items() if value)
         if asked:
             vits = ", ".join([*VIT_SIZES, *_DINOV2])

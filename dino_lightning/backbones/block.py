@@ -10,8 +10,9 @@ from torch.nn import functional as F
 class Block(nn.Module):
     """Pre-norm block, with stochastic depth (Huang et al. 2016) in training.
 
-    It drops a branch of whole samples at the rate ``drop_path``, and scales the others to keep the mean: each sample by a draw
-    of its own, or if ``drop_path_by_subset``, always as many as ``drop_path_subset`` says, for which alone the branch is computed.
+    In training it drops a branch for whole samples at the rate ``drop_path`` and scales the others to keep the mean. Each sample is drawn
+    by itself; with ``drop_path_by_subset`` exactly as many are kept as ``drop_path_subset`` says. The branch is computed for the kept ones
+    alone where they are known beforehand.
     """
 
     def __init__(
@@ -27,10 +28,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = _Attention(dim, num_heads)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = mlp
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path, self.drop_path_by_subset = drop_path, drop_path_by_subset
 
     def forward(self, x: Tensor, n_tokens: int | None = None) -> Tensor:
@@ -63,7 +64,7 @@ class Block(nn.Module):
 
 
 def drop_path_subset(batch: int, rate: float) -> tuple[int, float]:
-    """How many samples of a batch DINOv2 keeps in a branch at a drop rate, at least one, and the factor that keeps the mean."""
+    """How many samples of a batch DINOv2 keeps in a branch at a drop rate, at least one, and the factor that keeps the mean (Oquab et al. 2023)."""
     kept = max(int(batch * (1 - rate)), 1)
     return kept, batch / kept
 
@@ -128,11 +129,17 @@ class _SwiGLU(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """Touvron et al. 2021; its values are drawn by the ViT's ``reset_parameters``."""
+    """A learned factor for each channel, ``value`` at first (Touvron et al. 2021)."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, value: float) -> None:
         super().__init__()
+        self.value = value
         self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to ``value``."""
+        nn.init.constant_(self.gamma, self.value)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

@@ -92,7 +92,7 @@ def eagerly() -> AbstractContextManager:
 
 
 def first_convolution(backbone: nn.Module) -> nn.Conv2d | None:
-    """Which tells the channels of the images, in most networks; None without any."""
+    """The first 2-D convolution, whose ``in_channels`` are in most networks the channels of the images; None if there is none."""
     return next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
 
 

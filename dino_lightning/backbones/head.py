@@ -18,6 +18,9 @@ class DINOHead(nn.Module):
         nlayers: layers of the MLP; 1 is a single linear layer to the bottleneck.
         hidden_dim: width of the MLP.
         bottleneck_dim: width of the L2-normalised bottleneck.
+
+    Raises:
+        ValueError: for a size below 1.
     """
 
     def __init__(
@@ -31,7 +34,8 @@ class DINOHead(nn.Module):
         bottleneck_dim: int = 256,
     ) -> None:
         super().__init__()
-        for name, value in {"in_dim": in_dim, "out_dim": out_dim, "nlayers": nlayers}.items():
+        sizes = {"in_dim": in_dim, "out_dim": out_dim, "nlayers": nlayers, "hidden_dim": hidden_dim, "bottleneck_dim": bottleneck_dim}
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.in_dim = in_dim

@@ -119,7 +119,7 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
             if isinstance(module, LayerScale):
-                nn.init.constant_(module.gamma, self.layer_scale)
+                module.reset_parameters()
 
     @property
     def prefix_tokens(self) -> int:
@@ -153,7 +153,7 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Tensor, blocks: Sequence[int] = (-1,), masks: Tensor | None = None) -> list[Tokens]:
         """Images (B, C, H, W) → the tokens of ``blocks``, numbered as in Python: (-1,) is the last alone.
 
-        Where ``masks`` (B, h·w; bool) is true, the network sees the mask token instead of the patch, and where it is.
+        Where ``masks`` (B, h·w; bool) is true, the mask token stands in for the patch; its position is added as usual.
 
         Raises:
             ValueError: for a block that there is not, for masks of another shape, or if there is no mask token.

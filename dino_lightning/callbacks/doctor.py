@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dino_lightning.callbacks.online_knn import OnlineKNN
@@ -46,7 +47,7 @@ class CollapseDoctor(Callback):
     ``doctor/NAME`` in the loggers. The README has the table of verdicts.
 
     Args:
-        stop: end the run at the first verdict on the training (on all ranks, behind the same step).
+        stop: end the run at the first verdict on the training (on all ranks, after the same step).
         expected_loss: step → training loss of a recipe whose course is known (of DINOv2, the class tokens' part of it).
     """
 
@@ -109,6 +110,8 @@ class CollapseDoctor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that began with trained weights must not lose what they knew."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # what was known before is of the run's images, not of these
         before = next((callback.before for callback in trainer.callbacks if isinstance(callback, OnlineKNN)), None)
         now = trainer.callback_metrics.get("val/knn_top1")
         if pl_module.started_from and before is not None and now is not None and not trainer.sanity_checking:

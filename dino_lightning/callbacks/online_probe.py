@@ -40,6 +40,7 @@ class OnlineProbe(Callback):
             raise ValueError(f"lr must be positive, got {lr}")
         self.num_classes, self.lr = num_classes, lr
         self._head: nn.Linear | None = None  # known with the width of the first features
+        self._asked = False  # whether there were queries in this validation
         self._optimizer: torch.optim.SGD | None = None
         self._saved: dict[str, Any] = {}  # what a checkpoint holds of them
         self._images: int | None = None  # of a step
@@ -115,10 +116,12 @@ class OnlineProbe(Callback):
         labels = without_repeats(outputs["labels"], trainer, batch_idx, dataloader_idx)
         with torch.no_grad(), without_autocast(labels.device):
             self._metrics.update(self._head(outputs["features"].float()), labels)
+        self._asked = True
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._head is None or trainer.sanity_checking or len(trainer.val_dataloaders or ()) < 2:
+        if not self._asked:  # no loader of queries
             return
+        self._asked = False
         values = self._metrics.compute()
         self._metrics.reset()
         pl_module.log_dict({f"val/probe_{name}": value for name, value in values.items()}, prog_bar=True, sync_dist=True)

@@ -133,7 +133,7 @@ def _device(trainer: Trainer) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In the two largest units: '2 d 4 h', '18 min', '40 s'."""
+    """Rounded, in one unit: '40 s', '18 min', '5 h', '3 days'."""
     minutes, hours, days = (round(seconds / unit) for unit in (60, 3600, 86400))
     if seconds < 90:
         return f"{seconds:.0f} s"

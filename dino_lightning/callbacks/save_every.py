@@ -14,7 +14,7 @@ _STEPS = 10  # between two agreements of several ranks on the time
 
 
 class SaveEvery(Callback):
-    """Writes ``checkpoints/last.ckpt`` behind the first optimizer step after so many minutes without a checkpoint of its own.
+    """Writes ``checkpoints/last.ckpt`` after the first optimizer step after so many minutes without a checkpoint of its own.
 
     A run resumed from it ends as one that was never stopped. (Lightning's ``ModelCheckpoint(train_time_interval=...)`` may save
     in the middle of accumulated batches, and has several ranks wait for each other at every batch.)
@@ -30,7 +30,7 @@ class SaveEvery(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = time.monotonic()
-        self._step = trainer.global_step  # the newest that was looked at
+        self._step = self._agreed_at = trainer.global_step  # the newest that was looked at, and at which all ranks were asked
         self._asked: LateReading | None = None
 
     def on_train_batch_end(
@@ -49,8 +49,9 @@ class SaveEvery(Callback):
         late = time.monotonic() - self._since > 60 * self.minutes
         if trainer.world_size == 1:
             return late
-        if self._step % _STEPS:
+        if self._step - self._agreed_at < _STEPS:
             return False
+        self._agreed_at = self._step
         before, asked = self._asked, torch.full((), float(late), device=device)
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         self._asked = LateReading(asked)
@@ -61,6 +62,6 @@ class SaveEvery(Callback):
 
 
 def _may_validate(trainer: Trainer, batch_idx: int) -> bool:
-    """Whether the batch is one of those, within an epoch or over their ends, behind which ``val_check_interval`` may be over."""
+    """Whether the batch is one of those, within an epoch or over their ends, after which ``val_check_interval`` may be over."""
     every = trainer.val_check_batch
     return isinstance(every, int) and 0 in ((batch_idx + 1) % every, (trainer.fit_loop.total_batch_idx + 1) % every)

@@ -27,7 +27,7 @@ class StopOnSignal(Callback):
     """On SIGINT (Ctrl-C), SIGTERM or SIGUSR1, finishes the optimizer step, writes ``checkpoints/last.ckpt`` and exits with
     128 + the signal's number. A second Ctrl-C leaves at once.
 
-    It is enough that one rank gets the signal: all leave behind the same step, one later than on a single device. During a
+    It is enough that one rank gets the signal: all leave after the same step, one later than on a single device. During a
     validation they leave within it; the resumed run begins with that validation. A run resumed from the checkpoint ends as one
     that was never stopped. (Lightning by itself leaves without saving, or, under SLURM, saves in the middle of a step.)
     """
@@ -116,7 +116,7 @@ class StopOnSignal(Callback):
 
 
 def _is_even(trainer: Trainer, device: torch.device) -> bool:
-    """Whether the ranks have the same number of validation batches, behind each of which they can agree."""
+    """Whether the ranks have the same number of validation batches, after each of which they can agree."""
     batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     most = torch.tensor([batches, -batches], device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)

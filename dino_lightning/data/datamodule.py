@@ -19,10 +19,11 @@ from dino_lightning.data.multicrop import MultiCrop
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.data.roots import Root, find_splits, open_images, split_name
 from dino_lightning.data.sampler import training_sampler
+from dino_lightning.data.shards import is_shards
 from dino_lightning.data.streams import SideStream
 from dino_lightning.data.unreadable import UnreadableLedger
 from dino_lightning.data.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
-from dino_lightning.data.workers import follow_the_parent
+from dino_lightning.data.workers import cores, follow_the_parent
 from dino_lightning.listing import is_address
 from dino_lightning.training.randomness import generator
 
@@ -118,7 +119,8 @@ class MultiCropDataModule(LightningDataModule):
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        self.max_unreadable = max_unreadable
+        if not 0 <= max_unreadable <= 1:
+            raise ValueError(f"max_unreadable is a share of the images in [0, 1], got {max_unreadable}")
         self.multicrop = MultiCrop(
             global_crops_size=_pair("global_crops_size", global_crops_size),
             global_crops_scale=tuple(global_crops_scale),
@@ -184,9 +186,15 @@ class MultiCropDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """All images below the root, or of the dataset, with their paths."""
-        source = self.dataset if self.root is None else open_images(self.root, self.in_chans)
+        source = self.dataset if self.root is None else self._all_images()
         views = PredictionViews(source, self.multicrop.global_crops_size, self.in_chans)
         return self._loader(views, collate_fn=views.collate)
+
+    def _all_images(self) -> Dataset:
+        below, queries = find_splits(self.root)
+        if queries and is_shards(below):
+            raise ValueError(f"{self.root} holds shards of several splits; give one of them, such as {below}")
+        return open_images(self.root, self.in_chans)
 
     def examples(self, count: int) -> Tensor:
         """Images to look at during training, always the same: centre views (count, C, H, W) of uint8, evenly spaced.
@@ -206,23 +214,26 @@ class MultiCropDataModule(LightningDataModule):
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Copied, and training views painted (``on_after_batch_transfer``), on a GPU beside the step under way."""
+        """Copied, and training views painted, on a GPU beside the step under way."""
         if not isinstance(batch, Unpainted):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         with self._side.on(device):
             batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            views, labels = self.on_after_batch_transfer(batch, dataloader_idx)
+            views, labels = self._painted(batch)
         self._side.hand_over([*views, labels])
         return views, labels
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if isinstance(batch, Unpainted):
-            if self.trainer is not None:
-                self._unreadable.note(self.trainer, batch)
-            return self._in_precision(self.paint(batch)), batch.labels
+            return self._painted(batch)
         if isinstance(batch, list | tuple) and isinstance(batch[0], Tensor) and batch[0].dtype == torch.uint8:
             return self._in_precision(normalize(batch[0], self.mean, self.std)), *batch[1:]
         return batch
+
+    def _painted(self, batch: Unpainted) -> tuple[list[Tensor], Tensor]:
+        if self.trainer is not None:
+            self._unreadable.note(self.trainer, batch)
+        return self._in_precision(self.paint(batch)), batch.labels
 
     def _in_precision(self, images: Any) -> Any:
         """What was painted here, in the type that Trainer(precision="64-true") gives to what loaders yield; else as it is."""
@@ -277,8 +288,7 @@ class MultiCropDataModule(LightningDataModule):
 
 
 def _default_workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // max(1, torch.cuda.device_count())))
+    return max(1, min(16, cores() // max(1, torch.cuda.device_count())))
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:

@@ -47,11 +47,12 @@ class LabelledDataModule(LightningDataModule):
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
         self.std = channel_numbers("std", std, IMAGENET_STD, in_chans)
+        self._source = train
         self._train = CropViews(train, size, in_chans, seed)
         self._queries = EvaluationViews(queries, size, in_chans)
 
     def train_dataloader(self) -> DataLoader:
-        sampler = training_sampler(self._train, self.batch_size, self.seed, self.trainer)
+        sampler = training_sampler(self._source, self.batch_size, self.seed, self.trainer)
         return self._loader(self._train, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:

@@ -54,8 +54,8 @@ class MultiCrop:
             scale = getattr(self, name)
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
                 raise ValueError(f"{name} must be two shares of the area 0 < low ≤ high ≤ 1, got {scale}")
-        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma must be 0 ≤ low ≤ high in pixels, got {self.blur_sigma}")
+        if len(self.blur_sigma) != 2 or not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma must be two numbers 0 ≤ low ≤ high in pixels, got {self.blur_sigma}")
         if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise ValueError(
                 "color_jitter must be four strengths (brightness, contrast, saturation, hue) of at least 0, hue at most 0.5, "
@@ -101,7 +101,8 @@ class MultiCrop:
         smallest 0.5.
         """
         sides = [
-            math.sqrt(height * width * scale[0] * _RATIO[0]) / max(size)  # of the smallest crop, in pixels of its own
+            # Of the smallest crop, in pixels of its own; of a panorama that is as high as the image.
+            min(height, width, math.sqrt(height * width * scale[0] * _RATIO[0])) / max(size)
             for scale, size in (
                 (self.global_crops_scale, self.global_crops_size),
                 *([(self.local_crops_scale, self.local_crops_size)] if self.local_crops_number else []),

@@ -142,6 +142,8 @@ def channel_numbers(
     values = tuple(values) if values is not None else imagenet if in_chans == 3 else (0.5,) * in_chans
     if len(values) != in_chans:
         raise ValueError(f"{name} has {len(values)} values {values}, but there are in_chans={in_chans} channels")
+    if not all(0 <= value <= 1 for value in values) or (name == "std" and not all(values)):
+        raise ValueError(f"{name} must be of levels in [0, 1], a std above 0, got {values}; divide those of 0 to 255 by 255")
     return values
 
 

@@ -9,7 +9,7 @@ from dino_lightning.data.shards import Shards, is_shards
 from dino_lightning.listing import is_address
 
 Root = str | os.PathLike[str]
-_QUERIES = ("val", "validation", "test")
+QUERIES = ("val", "validation", "test")
 
 
 def open_images(root: Root, in_chans: int = 3, classes: Sequence[str] | None = None) -> ImageFolder | Shards:
@@ -31,9 +31,9 @@ def find_splits(root: Root) -> tuple[Root, list[Root]]:
         if _holds_shards(root):
             return root, []
         below = str(root).rstrip("/")
-        return f"{below}/train", [split for name in _QUERIES if _holds_shards(split := f"{below}/{name}")]
+        return f"{below}/train", [split for name in QUERIES if _holds_shards(split := f"{below}/{name}")]
     root = Path(root)
-    queries = [root / name for name in _QUERIES if (root / name).is_dir()]
+    queries = [root / name for name in QUERIES if (root / name).is_dir()]
     train = root / "train"
     if not train.is_dir():
         return root, []

@@ -23,7 +23,7 @@ class UnreadableLedger:
     def __init__(self, max_share: float) -> None:
         self.max_share = max_share
         self._lines: list[str] = []
-        self._images = 0
+        self._images = self._batches = 0
 
     def note(self, trainer: Trainer, batch: Unpainted) -> None:
         """Counts a training batch; with the last one of an epoch or a run the unreadable images are named in the log.
@@ -34,15 +34,16 @@ class UnreadableLedger:
         """
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # batches before this one
         if done == 0:
-            self._lines, self._images = [], 0
+            self._lines, self._images, self._batches = [], 0, 0
         self._lines += batch.unreadable
         self._images += len(batch.labels)
+        self._batches += 1  # of a resumed epoch, not all that are done
         is_last = done + 1 >= trainer.num_training_batches or trainer.global_step + 1 == trainer.max_steps
         if not is_last and (done + 1) % _CHECK_EVERY:
             return
         lines, images = self._over_all_ranks()
         if not is_last:
-            images = images // (done + 1) * int(trainer.num_training_batches)
+            images = images * int(trainer.num_training_batches) // self._batches
         if not lines or (not is_last and len(lines) <= self.max_share * images):
             return
         named = "\n".join(lines[:_NAMED]) + (f"\n... and {len(lines) - _NAMED} more" if len(lines) > _NAMED else "")
@@ -58,9 +59,8 @@ class UnreadableLedger:
             )
 
     def _over_all_ranks(self) -> tuple[list[str], int]:
-        mine = (self._lines, self._images)
         if not (dist.is_available() and dist.is_initialized()):
             return sorted(set(self._lines)), self._images
         ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
+        dist.all_gather_object(ranks, (self._lines, self._images))
         return sorted({line for lines, _ in ranks for line in lines}), sum(images for _, images in ranks)

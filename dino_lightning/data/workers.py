@@ -8,6 +8,11 @@ from multiprocessing import parent_process
 _SECONDS = 1.0  # between two looks whether the parent still lives
 
 
+def cores() -> int:
+    """CPU cores that this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def follow_the_parent(worker: int) -> None:
     """A ``worker_init_fn``: only the parent decides when a worker ends.
 

@@ -13,6 +13,8 @@ from dino_lightning.door.parser_errors import brief
 from dino_lightning.listing import is_address
 from dino_lightning.methods import METHODS
 
+_GROUPS = ("--trainer", "--data", "--model", "--checkpoint")
+
 
 def check(command: str, args: Sequence[str]) -> None:
     """Judges the names of options, files and folders; of a name with dots the first two parts.
@@ -45,7 +47,7 @@ def check(command: str, args: Sequence[str]) -> None:
         raise UsageError(f"--config auto is for fit; give {command} the config.yaml of a run instead")
     if recipes.AUTO not in configs and found.get("minutes") is not None:
         raise UsageError("--minutes says how long --config auto may make the run; without that, give --trainer.max_epochs")
-    _check_checkpoint(dict(given).get("--ckpt_path"))
+    _check_checkpoint(found.get("ckpt_path"))
     asks = any(name.endswith(".help") for name, _ in given)
     if not asks and not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
         _check_images(command, found)
@@ -56,7 +58,12 @@ def said(args: Sequence[str]) -> dict[str, Any]:
     """What arguments and the files behind their --config say, by names down to the second level, with dots; later ones win."""
     found: dict[str, Any] = {}
     for name, value in options(args):
-        found.update(_in_config(value) if name == "--config" and value else {name[2:]: value})
+        if name == "--config" and value:
+            found.update(_in_config(value))
+        elif name in _GROUPS and value and Path(value).is_file():  # a file of its own
+            found.update({f"{name[2:]}.{key}": inner for key, inner in read_config(value).items()})
+        else:
+            found[name[2:]] = value
     return found
 
 

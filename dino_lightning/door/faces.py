@@ -40,7 +40,7 @@ LIKE_FIT = "estimate"  # the tool that takes fit's options beside its own
 
 
 class Options(NamedTuple):
-    """Of a command: ``alone``, the names without a dot; ``groups``, the names behind GROUP., None where they are not known."""
+    """The options of a command: ``alone``, the names without a dot; ``groups``, the names after GROUP., None where they are not known."""
 
     alone: set[str]
     groups: dict[str, set[str] | None]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of the names; of dotted ones (data.batch_size) the part behind the dot counts more than its group."""
+    """The most similar of the names; of dotted ones (data.batch_size) the part after the dot counts more than its group."""
     names, name = sorted(names), name.replace("-", "_")
     last = {each: each.rpartition(".")[2] for each in names}
     of_another_group = [each for each in names if last[each] == name.rpartition(".")[2]]

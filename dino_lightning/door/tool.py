@@ -97,7 +97,7 @@ def _check_files(options: dict[str, Any]) -> None:
 
 
 def _with_lists(args: Sequence[str], options: set[str]) -> list[str]:
-    """Numbers behind an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``, and words
+    """Numbers after an option that takes several are its list: ``--image_size 224 336`` is ``--image_size [224,336]``, and words
     with commas, ``--methods dino,simclr``, are one.
     """
     joined: list[str] = []

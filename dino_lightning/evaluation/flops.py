@@ -13,9 +13,11 @@ from dino_lightning.backbones.features import eagerly
 
 def flops_per_image(student: nn.Module, teacher: nn.Module, views: Sequence[Tensor]) -> int:
     """Of one image's views (1, C, H, W): the student's forward pass over all of them, twice that for its backward pass, and
-    the teacher's forward pass over the two global ones. The networks take a list of views of any sizes.
+    the teacher's forward pass over the two global ones. The networks take a list of views of any sizes; a ``predictor`` of the student
+    counts too.
     """
-    return 3 * count_flops(student, lambda: student(views)) + count_flops(teacher, lambda: teacher(views[:2]))
+    ahead = getattr(student, "predictor", None) or nn.Identity()
+    return 3 * count_flops(student, lambda: ahead(student(views))) + count_flops(teacher, lambda: teacher(views[:2]))
 
 
 @torch.no_grad()

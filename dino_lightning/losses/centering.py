@@ -1,4 +1,4 @@
-"""Centred and sharpened targets: softmax((t − c) / T) with c the running mean of the teacher's logits."""
+"""Centred and sharpened targets: softmax((t − c) / T) with c the running mean of the teacher's logits (Caron et al. 2021, equation 4)."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The iBOT loss: what stood at a masked patch, as the teacher sees it."""
+"""The iBOT loss: what stood at a masked patch, as the teacher sees it (Zhou et al. 2022)."""
 
 from torch import Tensor, nn
 

@@ -14,7 +14,8 @@ class MaskedPixelsLoss(nn.Module):
         self.normalize = normalize
 
     def forward(self, predictions: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-        """
+        """The mean over all masked patches, a scalar.
+
         Args:
             predictions: (B, N, p·p·C), of every patch, row by row; a patch's pixels are in the order (row, column, channel).
             images: (B, C, H, W), of N patches.
@@ -24,7 +25,9 @@ class MaskedPixelsLoss(nn.Module):
             ValueError: if the numbers of patches or pixels do not fit.
         """
         patch = round((predictions.shape[-1] / images.shape[1]) ** 0.5)
-        if patch**2 * images.shape[1] != predictions.shape[-1] or predictions.shape[:2] != masks.shape:
+        height, width = images.shape[-2:]
+        are_pixels = patch > 0 and patch**2 * images.shape[1] == predictions.shape[-1] and not height % patch and not width % patch
+        if not are_pixels or predictions.shape[:2] != masks.shape or predictions.shape[1] != (height // patch) * (width // patch):
             raise ValueError(
                 f"predictions {tuple(predictions.shape)}, images {tuple(images.shape)} and masks {tuple(masks.shape)} do not fit; "
                 "expected (B, N, p·p·C), (B, C, H, W) and (B, N)"

@@ -9,7 +9,7 @@ from dino_lightning.losses.ranks import gather, rank
 
 
 class NTXentLoss(nn.Module):
-    """The other view of an image is to be told from all other views of the batch, over all ranks.
+    """An image's other view must be picked out of all other views of the batch, over all ranks.
 
     In float32 whatever the autocast. On n ranks the mean of the losses, and its gradient as DistributedDataParallel averages it,
     are those of one process with the n batches.

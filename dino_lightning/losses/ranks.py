@@ -1,4 +1,4 @@
-"""Sums over the ranks, and what all of them have, where there are any."""
+"""Sums, maxima and gathers over the ranks; without a process group there is one rank."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def n_ranks() -> int:
 
 
 def rank() -> int:
-    """Of this process in the default group; 0 without one."""
+    """The number of this process in the default group; 0 without one."""
     return dist.get_rank() if n_ranks() > 1 else 0
 
 

@@ -1,4 +1,4 @@
-"""Sinkhorn–Knopp: targets that use all prototypes alike."""
+"""Sinkhorn–Knopp: targets that use all prototypes alike (Cuturi 2013; Caron et al. 2020)."""
 
 import torch
 from torch import Tensor

@@ -68,7 +68,8 @@ class Method(LightningModule):
     moves after an optimizer step), ``begin_run``, ``frozen_parts``, its ``clip`` and its own ``Plan``. All else is here.
 
     Attributes:
-        options: the arguments of the method, but the backbone and the weights that it began with.
+        options: the arguments of the method, except the backbone and the weights that it started from.
+        key: (seed, step, micro-batch, rank) of the training step under way, by which its random numbers are drawn.
         images: of the global crops: size (H, W), mean and std, as far as known; kept in checkpoints.
         observed: of the training step under way, for callbacks.
         backbone_shape: arguments of ``backbones.build``, of a backbone given by name.
@@ -120,7 +121,7 @@ class Method(LightningModule):
         """
         shape = {name: self.options[name] for name in ("patch_size", "img_size", "in_chans", "drop_path_rate")}
         if isinstance(backbone, str):
-            if backbone.startswith(_OBJECT):
+            if is_object(backbone):
                 raise ValueError(
                     f"this checkpoint was trained with a backbone given as an object ({backbone.removeprefix(_OBJECT)}), which it "
                     f"does not hold; pass it: {type(self).__name__}.load_from_checkpoint(path, backbone=...)"
@@ -171,7 +172,7 @@ class Method(LightningModule):
         """
 
     def begin_run(self) -> None:
-        """Makes ready for the first step: losses in training mode, nothing left in them of an earlier run."""
+        """Prepares for the first step: losses in training mode, nothing left in them of an earlier run."""
 
     def frozen_parts(self, step: int) -> Iterable[nn.Module]:
         """Parts of the trained network that this step leaves as they are, moments and decay too."""
@@ -215,7 +216,9 @@ class Method(LightningModule):
         return self._plan
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         self.observed = None
+        self.key = (self._seed, self.global_step, batch_idx, self.global_rank)
         if self._plan is not None:
             return
         resume.count_logged_steps(self.trainer)
@@ -230,7 +233,7 @@ class Method(LightningModule):
         self._layout = resume.layout(self.trainer, self._plan, images)
         before, self._resumed = self._resumed, None
         if before is not None and self.trainer.is_global_zero:
-            resume.compare(before, self._layout)
+            resume.warn_of_changes(before, self._layout)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
         """Sets what the plan says of the step, and steps without the frozen parts."""
@@ -289,8 +292,8 @@ class Method(LightningModule):
     def finish_step(self) -> None:
         """Moves what moves after an optimizer step (``after_step``), once however often it is called.
 
-        Called at the end of every batch, and before a state dict is taken, since callbacks save step checkpoints earlier than
-        that. A method calls it at the beginning of its training step, for subclasses that override ``on_train_batch_end``.
+        Called at the end of every batch, at the beginning of the next one, and before a state dict is taken, since callbacks save step
+        checkpoints earlier than that.
 
         Raises:
             NonFiniteLossError: on all ranks, if the loss of the step before was not finite on any.
@@ -332,7 +335,8 @@ class Method(LightningModule):
 
     def configure_model(self) -> None:
         """Distributes the networks where the strategy does (``training.sharding``)."""
-        fits = is_sharded(self._trainer) and self._trainer.state.fn == TrainerFn.FITTING  # ranks predict different numbers of batches
+        fits = is_sharded(self._trainer) and self._trainer.state.fn == TrainerFn.FITTING
+        # In prediction ranks have different numbers of batches, and would wait for each other.
         if fits and not any(isinstance(parameter, DTensor) for parameter in self.parameters()):
             shard({self.trained, self.evaluated}, self.device_mesh["data_parallel"])
 
@@ -348,7 +352,7 @@ class Method(LightningModule):
         if self._seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
             self._seed = self.trainer.strategy.broadcast(seed)
-        resume.forget_no_saved_step(self.trainer)
+        resume.remember_saved_step(self.trainer)
         self._plan = self._layout = None
         self._finished_step = self.global_step
         self._optimizer_stepped = False
@@ -392,7 +396,7 @@ class Method(LightningModule):
         self.images = checkpoint.get("images", {})
         if self._trainer is not None:  # a run that goes on, not a module that is loaded
             self._resumed = checkpoint.get("layout")
-            resume.place(checkpoint, self.trainer)
+            resume.mend_progress(checkpoint, self.trainer)
             for state in checkpoint.get("optimizer_states", ()):
                 for group in state["param_groups"]:  # the precision and the device may be others than before
                     if "fused" in group:
@@ -410,7 +414,7 @@ class Method(LightningModule):
     def backbone_name(self) -> str | None:
         """By what name the backbone was built; None if it was given as an object."""
         name = self.hparams.get("backbone")
-        return name if isinstance(name, str) and not name.startswith(_OBJECT) else None
+        return name if isinstance(name, str) and not is_object(name) else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) → the features to evaluate (B, D): of the teacher's backbone where there is one."""
@@ -457,6 +461,11 @@ class Method(LightningModule):
             f"the loss was not finite at step {step} (epoch {plan.epoch(step)}), with {self.failure(step)}learning rate "
             f"{plan.lr_at(step):.4g}, last finite gradient norm {self._grad_norm.item():.4g}"
         )
+
+
+def is_object(backbone: str) -> bool:
+    """Whether it is no name, but says of which class the object was that a checkpoint does not hold."""
+    return backbone.startswith(_OBJECT)
 
 
 def plain(backbone: Any) -> Any:

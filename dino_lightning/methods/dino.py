@@ -21,7 +21,7 @@ from dino_lightning.weights.load import start_from
 
 @dataclass(frozen=True)
 class DINOPlan(MomentumPlan):
-    """The temperature of the teacher too, at every epoch."""
+    """Adds the teacher's temperature, constant within an epoch."""
 
     warmup_teacher_temp: float
     teacher_temp: float
@@ -133,6 +133,8 @@ class DINOModule(Method):
             bottleneck_dim=bottleneck_dim,
         )
         self.loss = DINOLoss(out_dim, student_temp, center_momentum)
+        if weights_with_head and weights is None:
+            raise ValueError("weights_with_head takes the head of weights, and there are none: give weights=SOURCE, or leave it out")
         if weights is not None:
             start_from(weights, given, head if weights_with_head else None, self.loss.center)
         self.student = Network(given, head)
@@ -148,13 +150,12 @@ class DINOModule(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss, and for callbacks the teacher's entropy and the KL divergence, detached, in nats."""
-        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         views = split_views(batch)
         teacher_temp = self.plan.teacher_temp_at(self.global_step)
         with torch.no_grad():
             features = self.teacher.embed(views[:2])  # (2·B, D)
             teacher_logits = self.teacher.head(features)  # (2·B, K)
-        with seeded(self.device, self._seed, self.global_step, batch_idx, self.global_rank):  # for the drop path
+        with seeded(self.device, *self.key):  # for the drop path
             student_logits = self.student(views)  # (V·B, K)
         loss = self.loss(student_logits, teacher_logits, teacher_temp)
         self.observed = Observed(features, teacher_logits, self.loss.center)

@@ -16,7 +16,7 @@ from dino_lightning.backbones.vit import patch_grid
 from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, sinkhorn_knopp
-from dino_lightning.methods.base import Method, Observed, plain
+from dino_lightning.methods.base import Method, Observed, is_object, plain
 from dino_lightning.methods.networks import Network, Teacher, split_views
 from dino_lightning.training.late import sent
 from dino_lightning.training.optim import Layered, build_optimizer, clip_together_, layered_param_groups
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DINOv2Plan(MomentumPlan):
-    """The reference's schedules, all of the step: also the teacher's temperature. Beyond the end they have their last value."""
+    """The reference's schedules, with the teacher's temperature, all step by step. After the last step they keep their last value."""
 
     warmup_teacher_temp: float
     teacher_temp: float
@@ -183,7 +183,6 @@ class DINOv2Module(Method):
             self.dino_center = Centering(out_dim, center_momentum)
             if ibot_loss_weight > 0:
                 self.ibot_center = Centering(ibot_out_dim if ibot_separate_head else out_dim, center_momentum)
-        self.key = (0, 0, 0, 0)
 
     def _build(self, given: str | nn.Module) -> nn.Module:
         """The backbone, with a mask token where patches are masked."""
@@ -195,7 +194,7 @@ class DINOv2Module(Method):
         defaults = inspect.signature(DINOv2Module.__init__).parameters
         if isinstance(given, str) and given.startswith("vit_"):
             more |= shape
-        elif isinstance(given, str) and any(value != defaults[name].default for name, value in shape.items()):
+        elif isinstance(given, str) and not is_object(given) and any(value != defaults[name].default for name, value in shape.items()):
             raise ValueError(f"{', '.join(_SHAPE)} shape the backbones vit_*; {given} brings its own, so leave them out (got {shape})")
         backbone = self.build_backbone(given, used=["mask_token"], **more)
         maskable = isinstance(backbone, VisionTransformer) and backbone.mask_token is not None
@@ -234,12 +233,10 @@ class DINOv2Module(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss, and for callbacks what its parts are, detached, in nats."""
-        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         views, options = split_views(batch), self.options
         if views[0].shape != views[1].shape:
             raise ValueError(f"the two global crops must have one size, got {tuple(views[0].shape)} and {tuple(views[1].shape)}")
         temp = self.plan.teacher_temp_at(self.global_step)
-        self.key = (self._seed, self.global_step, batch_idx, self.global_rank)
         masks, rows = self._masked(views[0])
         with torch.no_grad():
             features, logits, patch_logits = _look(self.teacher, views[:2], rows)

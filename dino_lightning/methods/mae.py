@@ -1,4 +1,4 @@
-"""MAEModule: most patches are hidden, and their pixels to be told from the rest (He et al. 2022), step by step."""
+"""MAEModule: most patches are hidden, and their pixels are predicted from the rest (He et al. 2022), step by step."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -28,7 +28,8 @@ class MAEModule(Method):
     are trained on (fine-tuned), by nature.
 
     Args:
-        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant, or a ``VisionTransformer``.
+        backbone: vit_tiny, vit_small, vit_base, vit_large or vit_giant, or a ``VisionTransformer``, whose positions are replaced by fixed ones
+            unless ``weights`` are given.
         patch_size: pixels of a patch's side.
         img_size: pixels, int or (H, W): the size of the global crops.
         in_chans: channels of the images.
@@ -91,7 +92,7 @@ class MAEModule(Method):
     ) -> None:
         given, backbone = backbone, plain(backbone)  # a checkpoint holds plain types only
         super().__init__(locals())
-        vit = self.build_backbone(given, used=["norm"])
+        vit = self.build_backbone(given)
         if not isinstance(vit, VisionTransformer):
             raise ValueError(f"MAE hides patches, which {type(vit).__name__} has not: give the name of a ViT or a VisionTransformer")
         patches = vit.grid[0] * vit.grid[1]
@@ -115,8 +116,6 @@ class MAEModule(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss, a mean squared error."""
-        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
-        key = (self._seed, self.global_step, batch_idx, self.global_rank)
         images = torch.cat(global_views(batch))  # (2·B, C, H, W)
         vit, decoder = self.network.backbone, self.network.head
         patches = vit.grid[0] * vit.grid[1]
@@ -124,10 +123,10 @@ class MAEModule(Method):
             raise ValueError(
                 f"MAE's decoder is laid out for {vit.grid[0]}×{vit.grid[1]} patches; set img_size to the crops' {tuple(images.shape[-2:])}"
             )
-        order = generator(*key, 1).random((len(images), patches)).argsort(axis=1)
+        order = generator(*self.key, 1).random((len(images), patches)).argsort(axis=1)
         order = sent(torch.from_numpy(order), images.device)  # (2·B, N)
         kept = order[:, self._hidden(patches) :]
-        with seeded(self.device, *key):  # for the drop path
+        with seeded(self.device, *self.key):  # for the drop path
             tokens = vit.forward_kept(images, kept)  # (2·B, 1 + R + n, D)
         masks = torch.ones_like(order, dtype=torch.bool).scatter(1, kept, False)
         loss = self.loss(decoder(tokens, kept), images, masks)

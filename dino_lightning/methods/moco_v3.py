@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.projector import projector
-from dino_lightning.evaluation.flops import count_flops
+from dino_lightning.evaluation.flops import flops_per_image
 from dino_lightning.losses import InfoNCELoss
 from dino_lightning.methods.base import Method, Observed, plain
 from dino_lightning.methods.networks import Network, Teacher, global_views
@@ -18,10 +18,11 @@ from dino_lightning.weights.load import start_from
 
 
 class MoCoV3Module(Method):
-    """Contrastive learning with a moving average: a query of one view is to find the key of the other among those of the batch.
+    """Contrastive learning with a moving average: a query from one view should find the key of the other among all keys of the batch.
 
     Trains on the two global views (any batch of ``DINOModule``; local ones are left out); keys of all devices are negatives, and
-    accumulated batches do not count as one. Defaults are the paper's for a ViT (sections 4 and 5).
+    accumulated batches do not count as one. Defaults are the paper's for a ViT (sections 4 and 5), except
+    that positions are learned, not fixed, and that ViT-S has 6 heads, not 12.
     ``MultiCropDataModule(root, **MoCoV3Module.data)`` cuts views as the paper does.
 
     Args:
@@ -104,14 +105,13 @@ class MoCoV3Module(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One (micro-)batch → the loss: the sum over both directions, each 2·temperature times nats."""
-        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         views = global_views(batch)
         with torch.no_grad():
             features = self.teacher.embed(views)  # (2·B, D)
             first, second = self.teacher.head(features).chunk(2)
-        with seeded(self.device, self._seed, self.global_step, batch_idx, self.global_rank):  # for the drop path
-            queries, others = self.student.predictor(self.student(views)).chunk(2)
-        loss = self.loss(queries, second) + self.loss(others, first)
+        with seeded(self.device, *self.key):  # for the drop path
+            from_first, from_second = self.student.predictor(self.student(views)).chunk(2)
+        loss = self.loss(from_first, second) + self.loss(from_second, first)
         self.observed = Observed(features)
         self.report({"loss": loss.detach()})
         return {"loss": loss}
@@ -122,6 +122,4 @@ class MoCoV3Module(Method):
             self.teacher.follow(self.student, self.plan.momentum_at(step))
 
     def flops_per_image(self, views: Sequence[Tensor]) -> int:
-        student, teacher = self.student, self.teacher
-        own = count_flops(student, lambda: student.predictor(student(views[:2])))
-        return 3 * own + count_flops(teacher, lambda: teacher(views[:2]))
+        return flops_per_image(self.student, self.teacher, views[:2])

@@ -1,5 +1,6 @@
-"""SimCLRModule: two views of an image are told from those of all others in the batch (Chen et al. 2020), step by step."""
+"""SimCLRModule: contrasts two views of an image with all other views of the batch (Chen et al. 2020), step by step."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from dino_lightning.weights.load import start_from
 
 
 class SimCLRModule(Method):
-    """Contrastive learning: the projection of an image's other view is to be the nearest of those of the batch.
+    """Contrastive learning: of all projections in the batch, that of an image's other view should be the nearest.
 
     Trains on the two global views (any batch of ``DINOModule``; local ones are left out). All views of all devices are each other's
     negatives, so large batches help, and accumulated ones do not count as one. Defaults are the paper's for a ResNet-50 (sections 2
@@ -89,11 +90,13 @@ class SimCLRModule(Method):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """One batch → the loss, in nats."""
-        self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
-        with seeded(self.device, self._seed, self.global_step, batch_idx, self.global_rank):  # for the drop path
+        with seeded(self.device, *self.key):  # for the drop path
             features = self.network.embed(global_views(batch))  # (2·B, D)
             first, second = self.network.head(features).chunk(2)
         loss = self.loss(first, second)
         self.observed = Observed(features.detach())
         self.report({"loss": loss.detach()})
         return {"loss": loss}
+
+    def flops_per_image(self, views: Sequence[Tensor]) -> int:
+        return super().flops_per_image(views[:2])

@@ -45,7 +45,7 @@ def export(
     if with_head and not is_ours(checkpoint):
         raise ValueError(f"{checkpoint} is no checkpoint of dino-lightning fit, whose head could be kept; leave with_head out")
     module = load_module(checkpoint, network).cpu()
-    trained, shown = getattr(module, network), images_of(module, None, mean, std)
+    trained, shown = getattr(module, network, module.evaluated), images_of(module, None, mean, std)
     if with_head and not hasattr(trained, "head"):
         raise ValueError(f"{checkpoint} is of {module.title}, whose heads none of the forms has a place for; leave with_head out")
     package = Package(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from dino_lightning.data import ImageFolder, find_splits
 from dino_lightning.data.decode import read_file
 from dino_lightning.data.shards import FACTS, INDEX, import_litdata
+from dino_lightning.data.workers import cores
 from dino_lightning.finished import names_hash
 from dino_lightning.listing import is_address
 from dino_lightning.tools.shrink import check_sizes, shrunk
@@ -52,7 +53,7 @@ def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = Non
     options = {"megabytes": megabytes, "shorter": shorter, "quality": quality, "seed": seed}
     classes = None
     for images in (train, *queries):
-        classes = _write(images, target / images.relative_to(source), classes, options, num_workers or os.cpu_count() or 1)
+        classes = _write(images, target / images.relative_to(source), classes, options, num_workers or cores())
 
 
 def _write(root: Path, target: Path, classes: list[str] | None, options: dict[str, int | None], workers: int) -> list[str] | None:

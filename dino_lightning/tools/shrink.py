@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from dino_lightning.data import UnreadableImage, read_image
 from dino_lightning.data.decode import read_file
+from dino_lightning.data.workers import cores
 from dino_lightning.listing import list_images
 
 _SAMPLE = 16  # images whose reading is timed
@@ -46,7 +47,7 @@ def shrink(root: str, output: str, shorter: int = 512, quality: int = 95, num_wo
                 return f"left out, since it cannot be read: {source / name}: {error}"
         return None
 
-    with ThreadPoolExecutor(num_workers or os.cpu_count()) as pool:  # Pillow decodes, resizes and encodes outside of the GIL
+    with ThreadPoolExecutor(num_workers or cores()) as pool:  # Pillow decodes, resizes and encodes outside of the GIL
         for problem in tqdm(pool.map(copy, names), total=len(names), desc="shrink", unit="image", leave=False):
             if problem:
                 tqdm.write(problem)

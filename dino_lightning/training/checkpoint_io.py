@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class DiskFullError(OSError):
-    """There was no room for a checkpoint, of which the earlier one of its name is whole, or for the log."""
+    """The disk had no room for a checkpoint (the earlier one of its name is untouched) or for the log."""
 
 
 def is_full(error: OSError) -> bool:

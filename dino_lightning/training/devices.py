@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def settle(strategy: Strategy, networks: Iterable[nn.Module]) -> None:
-    """For networks that are about to be trained.
+    """Prepares networks that are about to be trained.
 
     Over several devices, gradients are views of what is sent around, and buffers are not sent at every forward pass (unless batch
     norms keep running statistics): centres are the same everywhere anyway. What the strategy was told otherwise stays. On GPUs

@@ -19,7 +19,7 @@ class NonFiniteLossError(RuntimeError):
 class NonFiniteGuard:
     """Watches the count of non-finite losses, equal on all ranks.
 
-    ``check`` comes one step after ``watch``, so that the device never waits; before a checkpoint it comes at once, and does.
+    ``check`` is called one step after ``watch``, so that nothing waits for the device; before a checkpoint it is called at once, and waits.
     """
 
     def __init__(self) -> None:

@@ -25,11 +25,21 @@ class AppendingCSVLogger(LightningCSVLogger):
         save_dir: as Lightning's.
         name: likewise.
         version: likewise.
+        prefix: likewise.
+        flush_logs_every_n_steps: likewise.
         first_step: the first one that is taken in this sitting: a run that was killed may have logged it and later ones before.
     """
 
-    def __init__(self, save_dir: str, name: str = "lightning_logs", version: int | str | None = None, first_step: int = 0) -> None:
-        super().__init__(save_dir, name, version)
+    def __init__(
+        self,
+        save_dir: str,
+        name: str = "lightning_logs",
+        version: int | str | None = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+        first_step: int = 0,
+    ) -> None:
+        super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
         self.first_step = first_step
         self._opened = False
 
@@ -74,12 +84,12 @@ class AppendingCSVLogger(LightningCSVLogger):
 
 
 def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    """Whether a line has all its cells, of which the reader makes None, or names None what is too much."""
+    """Whether a row has exactly the header's cells: DictReader gives None for those that lack, and puts surplus ones under the key None."""
     return None not in row and None not in row.values() and row["step"].isdecimal()
 
 
 class LoggerError(ValueError):
-    """A logger does not begin."""
+    """A logger could not start."""
 
 
 class WandbLogger(LightningWandbLogger):

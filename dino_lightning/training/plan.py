@@ -48,12 +48,15 @@ class Plan:
         return cls(**known, **rest)
 
     def epoch(self, step: int) -> int:
+        """The epoch of a step, from 0."""
         return step // self.steps_per_epoch
 
     def steps(self, epochs: float) -> int:
+        """Optimizer steps in so many epochs, rounded."""
         return round(epochs * self.steps_per_epoch)
 
     def lr_at(self, step: int) -> float:
+        """Learning rate of a step, as it is applied."""
         return cosine_schedule(
             step,
             base_value=self.lr,
@@ -63,6 +66,7 @@ class Plan:
         )
 
     def weight_decay_at(self, step: int) -> float:
+        """Weight decay of a step."""
         return cosine_schedule(
             step, base_value=self.weight_decay, final_value=self.weight_decay_end, total_steps=self.total_steps
         )
@@ -79,6 +83,7 @@ class MomentumPlan(Plan):
     momentum_teacher: float
 
     def momentum_at(self, step: int) -> float:
+        """Share of the teacher's old weights that a step keeps."""
         return cosine_schedule(step, base_value=self.momentum_teacher, final_value=1.0, total_steps=self.total_steps)
 
     def values_at(self, step: int) -> dict[str, float]:

@@ -29,7 +29,7 @@ def accumulated_batches(trainer: Trainer) -> int:
     return schedulers[0].get_accumulate_grad_batches(0) if schedulers else trainer.accumulate_grad_batches
 
 
-def place(checkpoint: dict[str, Any], trainer: Trainer) -> None:
+def mend_progress(checkpoint: dict[str, Any], trainer: Trainer) -> None:
     """Mends the place in the epoch at which a checkpoint lets a run go on, before Lightning reads it.
 
     Lightning closes an epoch that max_time, max_steps or should_stop ended before it saves, and a resumed run would go on in
@@ -70,26 +70,26 @@ def _is_validating(loop: dict[str, Any]) -> bool:
     return total is not None and total["started"] == total["ready"] == total["processed"] + 1
 
 
-def compare(before: dict[str, int], now: dict[str, int]) -> None:
-    """Says what is another than in the run whose checkpoint is resumed."""
+def warn_of_changes(before: dict[str, int], now: dict[str, int]) -> None:
+    """Warns of what differs from the run whose checkpoint is resumed."""
     length = before.get("total_steps", now["total_steps"])  # a checkpoint that was adopted does not tell
     if length != now["total_steps"]:
         log.warning(
-            "resumed for %d steps in all, before it were %d: learning rate, weight decay and momentum of the teacher go on at the "
+            "resumed for %d steps in all; before, there were %d: learning rate, weight decay and momentum of the teacher go on at the "
             "same step of schedules over %d; to end as planned, keep max_epochs and max_steps",
             *(now["total_steps"], length, now["total_steps"]),
         )
     before = before | {"total_steps": now["total_steps"]}
     if before["images_per_step"] != now["images_per_step"] or before["steps_per_epoch"] != now["steps_per_epoch"]:
         log.warning(
-            "resumed with %d images a step and %d steps an epoch, before it were %d and %d: the schedules go on at the same "
+            "resumed with %d images a step and %d steps an epoch; before, there were %d and %d: the schedules go on at the same "
             "step of another plan, the learning rate is scaled by the images of a step, and within an epoch images may come "
             "twice or not at all. To go on with the same plan, keep batch size × devices × accumulated batches",
             *(now["images_per_step"], now["steps_per_epoch"], before["images_per_step"], before["steps_per_epoch"]),
         )
     elif before != now:
         log.warning(
-            "resumed on %d device(s) with %d accumulated batches, before it were %d and %d: the same images a step, the same "
+            "resumed on %d device(s) with %d accumulated batches; before, there were %d and %d: the same images a step, the same "
             "schedules; sums are rounded in another order and drop path is drawn anew, so the end is not bit-equal",
             *(now["world_size"], now["accumulate_grad_batches"], before["world_size"], before["accumulate_grad_batches"]),
         )
@@ -103,8 +103,8 @@ def sweep_partial_checkpoints(trainer: Trainer) -> None:
             sweep(folder)
 
 
-def forget_no_saved_step(trainer: Trainer) -> None:
-    """A resumed ModelCheckpoint forgets that it has this step, and would save it again in the middle of a step's batches."""
+def remember_saved_step(trainer: Trainer) -> None:
+    """Tells each ModelCheckpoint that this step is saved; a resumed one has forgotten it and would save again in the middle of a step."""
     if trainer.global_step and not trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation:  # whose end is saved
         for callback in trainer.checkpoint_callbacks:
             callback._last_global_step_saved = trainer.global_step

@@ -75,13 +75,14 @@ def _like(parameter: Tensor, value: Any) -> Any:
 
 
 def is_sharded(trainer: Trainer | None) -> bool:
+    """Whether the run's weights are in shards; False without a Trainer."""
     return trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def shard(networks: Iterable[nn.Module], mesh: Any) -> None:
     """Distributes the parameters of networks over the devices of a mesh: the blocks of ViTs one by one, and each other part.
 
-    A part is put together only while it computes. That of a teacher too, which has no backward pass behind which FSDP would otherwise
+    A part is put together only while it computes. That of a teacher too, which has no backward pass after which FSDP would otherwise
     take it apart: its moving average is of shards.
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

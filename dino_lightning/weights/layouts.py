@@ -40,9 +40,10 @@ def part_of(held: Mapping[str, Any], network: str) -> Mapping[str, Any]:
         ValueError: if the file holds the other one alone, or no named weights at all.
     """
     if isinstance(held.get("state_dict"), Mapping):  # of Lightning
-        inside = {name.removeprefix(f"{network}."): v for name, v in held["state_dict"].items() if name.startswith(f"{network}.")}
-        if inside:
-            return inside
+        for part in (network, "network"):  # methods without a teacher have one network
+            inside = {name.removeprefix(f"{part}."): v for name, v in held["state_dict"].items() if name.startswith(f"{part}.")}
+            if inside:
+                return inside
     for part in (network, "model", "state_dict"):
         if isinstance(held.get(part), Mapping):
             return _tensors(held[part])

@@ -71,8 +71,8 @@ def load_backbone(
     except ValueError as error:
         raise ValueError(f"{found.name}: {error}") from error
     load_into(backbone, found._replace(facts=facts))
-    if isinstance(source, nn.Module):
-        _check_features(source, backbone, found.name)
+    if found.module is not None:
+        _check_features(found.module, backbone, found.name)
     if img_size is not None and isinstance(backbone, VisionTransformer):
         backbone.set_grid(img_size)
     if in_chans is not None:

@@ -15,8 +15,9 @@ from dino_lightning.weights.published import PUBLISHED, fetch, remember
 
 
 class Source(NamedTuple):
-    """``backbone``: weights in our names; ``plain``: in their own; ``head``: of the projection head, empty without; ``facts``: what else is known of a
-    ViT; ``center``: of the loss, None without; ``name``: for people; ``published``: whether it must fit without a rest.
+    """``backbone``: weights in our names; ``plain``: in their own; ``head``: of the projection head, empty without; ``facts``: what else is
+    known of a ViT; ``center``: of the loss, None without; ``name``: for people; ``published``: whether nothing may be left over but a classifier;
+    ``module``: the network of another library that the weights are of, to compare features with.
     """
 
     backbone: dict[str, Tensor]
@@ -26,6 +27,7 @@ class Source(NamedTuple):
     center: Tensor | None
     name: str
     published: bool = False
+    module: nn.Module | None = None
 
 
 def open_source(source: str | Path | nn.Module, network: Literal["teacher", "student"] = "teacher") -> Source:
@@ -136,14 +138,16 @@ def _of_module(module: nn.Module, name: str) -> Source:
         if isinstance(norm, nn.LayerNorm):
             facts["norm_eps"] = norm.eps
     weights = unwrapped(weights)
-    return Source(in_our_names(weights, facts.get("img_size")), weights, {}, facts, None, name)
+    return Source(in_our_names(weights, facts.get("img_size")), weights, {}, facts, None, name, module=module)
 
 
 def _pretrained_timm(name: str) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"'timm/{name}' needs timm: pip install timm", name="timm") from error
+        raise ModuleNotFoundError(f"'timm/{name}' needs timm: pip install '.[timm]'", name="timm") from error
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}; timm.list_models('*{name[:5]}*') lists those of a kind")
     try:
         return timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError) as error:
