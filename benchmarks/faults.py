@@ -121,7 +121,11 @@ def whole_images(random: np.random.Generator) -> dict[str, bytes]:
     keep(".pgm", gray, "PPM")
     keep(".pbm", gray.convert("1"), "PPM")
     keep(".jp2", rgb, "JPEG2000")
-    for name, array in (("", np.asarray(rgb)), ("-float", np.asarray(rgb, np.float32) / 255), ("-planes", np.asarray(rgb).transpose(2, 0, 1))):
+    for name, array in (
+        ("", np.asarray(rgb)),
+        ("-float", np.asarray(rgb, np.float32) / 255),
+        ("-planes", np.asarray(rgb).transpose(2, 0, 1)),
+    ):
         buffer = io.BytesIO()
         np.save(buffer, array)
         files[f"{name}.npy"] = buffer.getvalue()
@@ -234,7 +238,9 @@ def checkpoints(count: int, random: np.random.Generator, folder: Path) -> tuple[
     uses = [(last, [*train, "--trainer.max_steps", "3", "--ckpt_path", str(last)])]
     for path in [last, *weights]:
         source = str(path if path.suffix != ".json" else path.parent)
-        uses.append((path, ["attention", next(str(p) for p in photographs.rglob("*.png")), "--checkpoint", source, "--output", str(folder / "a")]))
+        uses.append(
+            (path, ["attention", next(str(p) for p in photographs.rglob("*.png")), "--checkpoint", source, "--output", str(folder / "a")])
+        )
         uses.append((path, [*train, "--trainer.max_steps", "1", "--model.weights", source]))
     uses.append((last, ["adopt", "--checkpoint", str(last), "--output", str(folder / "adopted.ckpt")]))
     wrong, ends = [], Counter()

@@ -78,7 +78,9 @@ def main(epochs: int) -> None:
     (growth, _), covariance = np.polyfit(late[:, 0], late[:, 1] * 1024, 1, cov=True)
     print(f"heap in use: {growth:+.2f} ± {1.96 * covariance[0, 0] ** 0.5:.2f} KB an epoch")
     libc.malloc_trim(0)
-    print(f"the process: {late[0, 2]:.0f} MB halfway, {late[-1, 2]:.0f} MB at the end, without what is free {megabytes(os.getpid()):.0f} MB")
+    print(
+        f"the process: {late[0, 2]:.0f} MB halfway, {late[-1, 2]:.0f} MB at the end, without what is free {megabytes(os.getpid()):.0f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,7 @@ def framed(colors: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
     return np.asarray(ImageOps.pad(picture, size, resample, _PAPER))
 
 
-def sheet(
-    rows: Sequence[Sequence[np.ndarray | str]], headings: Sequence[str], *, cell: tuple[int, int], title: str = ""
-) -> Image.Image:
+def sheet(rows: Sequence[Sequence[np.ndarray | str]], headings: Sequence[str], *, cell: tuple[int, int], title: str = "") -> Image.Image:
     """Rows of cells below their headings and a title.
 
     Args:

@@ -21,7 +21,9 @@ def names() -> list[str]:
 
 def summaries() -> dict[str, str]:
     """What --config takes, each with a line."""
-    return {AUTO: "Settings that fit the images, the device and --minutes, each with its reason."} | {name: summary(name) for name in names()}
+    return {AUTO: "Settings that fit the images, the device and --minutes, each with its reason."} | {
+        name: summary(name) for name in names()
+    }
 
 
 def summary(name: str) -> str:

@@ -35,7 +35,9 @@ def fit(*callbacks: Callback, logger=False, root: str = "../images", resume: str
     module = DINOModule(vit, out_dim=64, hidden_dim=32, warmup_epochs=0)
     keep = ModelCheckpoint("checkpoints", filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     keep = [keep] if options.get("enable_checkpointing", True) else []
-    monitor = [ModelCheckpoint("best", "{step}", "val/knn_top1", save_top_k=-1, save_on_train_epoch_end=False)] if "labelled" in root else []
+    monitor = (
+        [ModelCheckpoint("best", "{step}", "val/knn_top1", save_top_k=-1, save_on_train_epoch_end=False)] if "labelled" in root else []
+    )
     options = {"accelerator": "cpu", "max_epochs": 200, "enable_progress_bar": False, "enable_model_summary": False} | options
     trainer = Trainer(callbacks=[*callbacks, StopOnSignal(), *keep, *monitor], logger=logger, log_every_n_steps=1, **options)
     trainer.fit(module, data(root), ckpt_path=resume)

@@ -25,8 +25,12 @@ def in_the_references_layout(checkpoint, module, **flags) -> dict:
     parameters = dict(module.student.named_parameters())
     order = sorted(trained, key=lambda name: not is_decayed(name, parameters[name]))
     moments = checkpoint["optimizer_states"][0]
-    groups = [{**group, "lr": np.float64(group["lr"]), "weight_decay": np.float64(group["weight_decay"])} for group in moments["param_groups"]]
-    state = {i: {k: int(v) if k == "step" else v for k, v in moments["state"][i].items()} for i in range(len(order)) if i in moments["state"]}
+    groups = [
+        {**group, "lr": np.float64(group["lr"]), "weight_decay": np.float64(group["weight_decay"])} for group in moments["param_groups"]
+    ]
+    state = {
+        i: {k: int(v) if k == "step" else v for k, v in moments["state"][i].items()} for i in range(len(order)) if i in moments["state"]
+    }
     return {
         "student": student,
         "teacher": {name: weights[f"teacher.{name}"] for name in module.teacher.state_dict()},
@@ -51,9 +55,7 @@ def test_the_golden_run_goes_on_after_its_second_epoch(run, tmp_path):
     torch.save(lightning_checkpoint(read_again, build_module(golden), steps), tmp_path / "adopted.ckpt")
 
     resumed, record = train(golden, build_loader(golden, batch_size=4), ckpt_path=tmp_path / "adopted.ckpt")
-    torch.testing.assert_close(
-        torch.tensor(record.losses).double(), golden["losses"][2 * golden.item("config.niter") :], rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(record.losses).double(), golden["losses"][2 * golden.item("config.niter") :], rtol=1e-4, atol=0)
     assert_same_end(resumed.state_dict(), golden)
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key

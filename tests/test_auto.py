@@ -17,7 +17,9 @@ from dino_lightning.methods import METHODS
 
 CIFAR = Facts(images=50_000, bank=50_000, queries=10_000, side=32, gpu=None, memory=0, devices=1, half=False)
 PHOTOS = Facts(images=3_068, bank=3_068, queries=341, side=400, gpu=None, memory=0, devices=1, half=False)
-MILLION = Facts(images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NVIDIA H100 80GB HBM3", memory=80 * 2**30, devices=8, half=True)
+MILLION = Facts(
+    images=1_281_167, bank=50_000, queries=50_000, side=375, gpu="NVIDIA H100 80GB HBM3", memory=80 * 2**30, devices=8, half=True
+)
 
 
 def chosen(facts, method="dino", said={}, minutes=60, pace=200.0):
@@ -51,7 +53,11 @@ def test_settings_follow_images_and_device():
 def test_methods_differ_in_what_is_theirs_alone():
     found = {method: chosen(CIFAR, method) for method in METHODS}
     assert found.keys() == {"dino", "dinov2", "simclr", "byol", "moco_v3", "mae"}
-    shared = [option for option in found["dino"] if option.startswith("data.")] + ["model.optimizer", "model.weight_decay", "model.img_size"]
+    shared = [option for option in found["dino"] if option.startswith("data.")] + [
+        "model.optimizer",
+        "model.weight_decay",
+        "model.img_size",
+    ]
     for method in found.keys() - {"mae"}:
         assert all(found[method][option] == found["dino"][option] for option in [*shared, "model.backbone"]), method
     assert found["mae"]["model.backbone"]["class_path"] == "dino_lightning.VisionTransformer"
@@ -60,7 +66,12 @@ def test_methods_differ_in_what_is_theirs_alone():
 
 
 def test_a_cpu_trains_what_learns_soonest_unless_the_user_says():
-    asked = {"cpu": (CIFAR, {}), "gpu": (MILLION, {}), "said": (CIFAR, {"method": "dino"}), "an option": (CIFAR, {"model.teacher_temp": 0.03})}
+    asked = {
+        "cpu": (CIFAR, {}),
+        "gpu": (MILLION, {}),
+        "said": (CIFAR, {"method": "dino"}),
+        "an option": (CIFAR, {"model.teacher_temp": 0.03}),
+    }
     found = {name: settings(facts, said) for name, (facts, said) in asked.items()}
     assert {name: method for name, (method, _) in found.items()} == {"cpu": "simclr", "gpu": "dino", "said": "dino", "an option": "dino"}
     assert found["cpu"][1][0].option == "method" and "model.out_dim" not in {choice.option for choice in found["cpu"][1]}
@@ -145,7 +156,14 @@ def test_refused(tmp_path, monkeypatch):
             auto.in_place([*fit, "--minutes", wrong])
     with pytest.raises(UsageError, match="--print_config > run.yaml"):
         auto.in_place([*fit, "--minutes", "3", "--trainer.num_nodes", "2"])
-    for name, value in {"RANK": 0, "GROUP_RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "WORLD_SIZE": 2, "TORCHELASTIC_RUN_ID": 1}.items():
+    for name, value in {
+        "RANK": 0,
+        "GROUP_RANK": 0,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 2,
+        "WORLD_SIZE": 2,
+        "TORCHELASTIC_RUN_ID": 1,
+    }.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError, match="--print_config > run.yaml"):
         auto.in_place([*fit, "--minutes", "3"])

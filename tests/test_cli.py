@@ -92,7 +92,9 @@ def test_recipes_train_what_they_say(recipe, run_dir, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TORCH_HOME", str(run_dir / "cache"))
     if recipe.endswith("warm_start"):
-        file, name = ("dinov2_vits14_pretrain.pth", "dinov2_vits14") if "dinov2" in recipe else ("dino_deitsmall16_pretrain.pth", "vit_small")
+        file, name = (
+            ("dinov2_vits14_pretrain.pth", "dinov2_vits14") if "dinov2" in recipe else ("dino_deitsmall16_pretrain.pth", "vit_small")
+        )
         published = run_dir / "cache" / "hub" / "checkpoints" / file
         published.parent.mkdir(parents=True)
         torch.save(build(name, img_size=518 if "dinov2" in recipe else 224).state_dict(), published)
@@ -251,7 +253,9 @@ def test_what_cannot_be_gone_on_with_is_said_at_once(run_dir):
 
 
 def test_training_in_three_lines(run_dir):
-    module = dino_lightning.train("images", output="runs", recipe="small.yaml", options=["--trainer.max_epochs=1", "--checkpoint_every=0.0001"])
+    module = dino_lightning.train(
+        "images", output="runs", recipe="small.yaml", options=["--trainer.max_epochs=1", "--checkpoint_every=0.0001"]
+    )
     assert module(torch.zeros(2, 3, 32, 32)).shape == (2, 24) and not module.training
     assert [path.name for path in Path("runs/lightning_logs/version_0/checkpoints").iterdir()] == ["last.ckpt"]
     with pytest.raises(ValueError, match="trainer.max_epoch.*did you mean.*trainer.max_epochs"):
@@ -455,7 +459,11 @@ def test_all_loggers_show_the_same_keys(run_dir, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    kinds = ("lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger", "dino_lightning.training.loggers.WandbLogger")
+    kinds = (
+        "lightning.pytorch.loggers.CSVLogger",
+        "lightning.pytorch.loggers.TensorBoardLogger",
+        "dino_lightning.training.loggers.WandbLogger",
+    )
     # Whole paths: W&B's service of an earlier test lives in another folder.
     loggers = [{"class_path": kind, "init_args": {"save_dir": f"{run_dir}/runs/{kind.split('.')[-1]}"}} for kind in kinds]
     Path("loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))

@@ -29,7 +29,14 @@ def test_a_resumed_csv_log_keeps_its_options(tmp_path):
     options = Namespace(logger=Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=arguments))
     continuation.continue_loggers(options, str(run / "checkpoints" / "last.ckpt"), {"global_step": 5, "callbacks": {}})
     assert options.logger.class_path == "dino_lightning.training.loggers.AppendingCSVLogger"
-    expected = {"save_dir": str(tmp_path), "name": "log", "version": "version_0", "prefix": "mine", "flush_logs_every_n_steps": 7, "first_step": 5}
+    expected = {
+        "save_dir": str(tmp_path),
+        "name": "log",
+        "version": "version_0",
+        "prefix": "mine",
+        "flush_logs_every_n_steps": 7,
+        "first_step": 5,
+    }
     assert options.logger.init_args.as_dict() == expected
 
 

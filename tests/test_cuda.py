@@ -21,7 +21,9 @@ def train(module_class=DINOModule, backbone=None, callbacks=(), steps=10, **opti
     images = [torch.from_numpy(rng.integers(0, 256, (3, 80, 80), dtype=np.uint8)) for _ in range(8 * steps)]
     data = MultiCropDataModule(dataset=images, batch_size=8, num_workers=0, global_crops_size=64, local_crops_size=32, seed=0)
     masked = module_class is DINOv2Module
-    backbone = backbone or VisionTransformer(img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=1, drop_path_rate=0.1, mask_token=masked)
+    backbone = backbone or VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=64, depth=3, num_heads=1, drop_path_rate=0.1, mask_token=masked
+    )
     module = module_class(backbone, out_dim=256, hidden_dim=64, bottleneck_dim=32, warmup_epochs=0, lr=1e-3)
     recorder = Losses()
     trainer = Trainer(accelerator="gpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

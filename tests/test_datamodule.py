@@ -348,7 +348,12 @@ def test_a_resumed_epoch_counts_its_own_images():
     def trainer(done):
         progress = SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=done)))
         return SimpleNamespace(
-            fit_loop=SimpleNamespace(epoch_loop=progress), num_training_batches=2000, global_step=0, max_steps=-1, is_global_zero=True, current_epoch=0
+            fit_loop=SimpleNamespace(epoch_loop=progress),
+            num_training_batches=2000,
+            global_step=0,
+            max_steps=-1,
+            is_global_zero=True,
+            current_epoch=0,
         )
 
     ledger.note(trainer(498), batch._replace(unreadable=["a.jpg: broken"]))
@@ -367,7 +372,9 @@ def test_a_hook_of_a_subclass_is_called_once_a_batch(image_folder):
 
     data = Counting(image_folder, **SMALL)
     module = DINOModule("shufflenet_v2_x0_5", img_size=32, out_dim=8, hidden_dim=8, warmup_epochs=0)
-    trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     trainer.fit(module, data)
     assert data.calls == 2
 

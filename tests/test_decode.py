@@ -154,9 +154,7 @@ def test_transparent_colour_key_is_white(tmp_path):
     assert_pixels(read_image(gray, 1), [[[255], [8]]])
 
 
-@pytest.mark.parametrize(
-    "mode, pixel, expected", [("RGBa", (50, 0, 0, 100), (205, 155, 155)), ("La", (0, 100), (155, 155, 155))]
-)
+@pytest.mark.parametrize("mode, pixel, expected", [("RGBa", (50, 0, 0, 100), (205, 155, 155)), ("La", (0, 100), (155, 155, 155))])
 def test_premultiplied_alpha(mode, pixel, expected):
     assert_pixels(as_array(Image.new(mode, (1, 1), pixel)), [[expected]], tolerance=1)
 

@@ -221,7 +221,9 @@ def test_reported_numbers_are_those_of_lightnings_log(monkeypatch):
     monkeypatch.setattr(doctor, "_WINDOW", 2)
     recorders, calls = [], []
     log = LightningModule.log
-    monkeypatch.setattr(LightningModule, "log", lambda module, *args, **options: calls.append(type(module)) or log(module, *args, **options))
+    monkeypatch.setattr(
+        LightningModule, "log", lambda module, *args, **options: calls.append(type(module)) or log(module, *args, **options)
+    )
     for module in (small_module(), small_module(Logs)):
         recorders.append(Recorder())
         fit(module, callbacks=[CollapseDoctor(), recorders[-1]], accumulate_grad_batches=2)
@@ -237,7 +239,9 @@ class Old:
     root_device = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("capability, precision, warned", [((7, 5), "bf16-mixed", True), ((8, 0), "bf16-mixed", False), ((7, 5), "16-mixed", False)])
+@pytest.mark.parametrize(
+    "capability, precision, warned", [((7, 5), "bf16-mixed", True), ((8, 0), "bf16-mixed", False), ((7, 5), "16-mixed", False)]
+)
 def test_bfloat16_on_a_gpu_without_it(capability, precision, warned, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

@@ -25,7 +25,9 @@ OPTIONS = dict(out_dim=64, hidden_dim=32, bottleneck_dim=16, warmup_epochs=0, wa
 
 
 def tiny_vit(**options):
-    return VisionTransformer(**{"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mask_token": True, **options})
+    return VisionTransformer(
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mask_token": True, **options}
+    )
 
 
 def build_module(backbone=None, **options):
@@ -177,7 +179,10 @@ def test_a_frozen_last_layer_is_one_with_a_rate_of_0():
         ({"layer_scale": 0.0}, "layer_scale must be a positive number or null, got 0.0"),
         ({"koleo_loss_weight": -1}, "koleo_loss_weight must not be negative, got -1"),
         ({"registers": 1.5}, "registers must be an integer, got 1.5"),
-        ({"backbone": "dinov2_vits14", "registers": 4}, "registers, layer_scale, ffn shape the backbones vit_.; dinov2_vits14 brings its own"),
+        (
+            {"backbone": "dinov2_vits14", "registers": 4},
+            "registers, layer_scale, ffn shape the backbones vit_.; dinov2_vits14 brings its own",
+        ),
         ({"dino_loss_weight": 0, "ibot_loss_weight": 0, "koleo_loss_weight": 0}, "there is nothing to learn"),
     ],
 )
@@ -216,7 +221,16 @@ def run(tmp_path_factory):
     """A folder with two_colours/ and a run of two epochs on it by the command line; the path of its checkpoint."""
     root = tmp_path_factory.mktemp("dinov2")
     two_colours(root / "images")
-    vit = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "mask_token": True, "registers": 2, "drop_path_rate": 0.2}
+    vit = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "mask_token": True,
+        "registers": 2,
+        "drop_path_rate": 0.2,
+    }
     recipe = {
         "method": "dinov2",
         "data": {"root": str(root / "images"), "batch_size": 4, "num_workers": 0, "global_crops_size": 32, "local_crops_size": 16, "local_crops_number": 1},
@@ -224,7 +238,16 @@ def run(tmp_path_factory):
         "trainer": {"accelerator": "cpu", "max_epochs": 3, "enable_progress_bar": False, "default_root_dir": str(root)},
     }  # fmt: skip
     (root / "small.yaml").write_text(yaml.safe_dump(recipe))
-    main(["fit", "--config", str(root / "small.yaml"), "--checkpoint.every_n_train_steps=3", "--checkpoint.save_top_k=-1", "--checkpoint.filename={step}"])
+    main(
+        [
+            "fit",
+            "--config",
+            str(root / "small.yaml"),
+            "--checkpoint.every_n_train_steps=3",
+            "--checkpoint.save_top_k=-1",
+            "--checkpoint.filename={step}",
+        ]
+    )
     return root, str(next(root.rglob("step=12.ckpt")))
 
 
@@ -258,7 +281,9 @@ def test_a_run_of_the_command_line_goes_on_exactly(run, tmp_path, monkeypatch):
 
 
 def test_crops_that_the_patches_do_not_divide_are_refused_before_there_is_a_folder(run, tmp_path):
-    with pytest.raises(ValueError, match="data.local_crops_size: the patch size 8 does not divide .* 20×20; the nearest that fits is 16×16"):
+    with pytest.raises(
+        ValueError, match="data.local_crops_size: the patch size 8 does not divide .* 20×20; the nearest that fits is 16×16"
+    ):
         main(["fit", "--config", str(run[0] / "small.yaml"), "--data.local_crops_size", "20", "--trainer.default_root_dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 

@@ -366,9 +366,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-c", RANK, folder, GOLDEN / "dinov2" / "sinkhorn.npz"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=environment) for rank in ("0", "1")
-    ]
+    running = [subprocess.Popen([*command, rank], stderr=subprocess.PIPE, text=True, env=environment) for rank in ("0", "1")]
     errors = [process.communicate(timeout=120)[1] for process in running]
     assert not any(process.returncode for process in running), errors
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]

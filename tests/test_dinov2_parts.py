@@ -345,7 +345,9 @@ def test_parameter_rules_equal_the_reference(golden, case):
     rates = [g.item(f"{case}.args.{name}") for name in ("layerwise_decay", "patch_embed_lr_mult")]
     names = g._arrays[f"{case}.name"].tolist()
     assert len(names) > 70
-    for name, rate, decay, last in zip(names, *(g[f"{case}.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))):
+    for name, rate, decay, last in zip(
+        names, *(g[f"{case}.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))
+    ):
         parameter = torch.empty(2) if name.endswith((".bias", ".gamma")) or "norm" in name else torch.empty(2, 2)
         place = layered(name, parameter, g.item(f"{case}.args.depth"))
         assert (place.lr_multiplier(*rates), place.decayed, place.last_layer) == (pytest.approx(rate, rel=1e-12), decay == 1, last), name

@@ -133,7 +133,9 @@ def test_rates_of_the_parameters(run):
     assert sorted(names) == sorted(parameters)
     for step in (1, 5):
         module.set_rates(optimizer.param_groups, step)
-        for name, lr, decay, last in zip(names, *(golden[f"params.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))):
+        for name, lr, decay, last in zip(
+            names, *(golden[f"params.{key}"].tolist() for key in ("lr_multiplier", "wd_multiplier", "is_last_layer"))
+        ):
             group, rate = of[parameters[name]], golden["last_layer_lr" if last else "lr"][step].item()
             assert group["lr"] == pytest.approx(lr * rate, rel=1e-6, abs=1e-15), name
             assert group["weight_decay"] == pytest.approx(decay * golden["weight_decay"][step].item(), rel=1e-6), name

@@ -233,7 +233,9 @@ def test_errors_of_torch_are_told_with_their_remedy(words, capsys):
         assert errors.of_the_user(told)
         errors.tell(told)
         assert WORDS[words] in capsys.readouterr().err
-    peer = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:31448: Connection reset by peer.")
+    peer = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:31448: Connection reset by peer."
+    )
     assert "another rank of this run has ended" in errors.remedy(peer)
     assert not errors.of_the_user(RuntimeError("of ours"))
 

@@ -48,7 +48,11 @@ def test_what_autograd_keeps_of_a_vit_and_its_operations(size, all_tokens, half)
     kept = kept_bytes(network, call)
     # Under autocast also the weights in half precision, and on a CPU, where our attention is not fused then, the scores.
     assert kept - half * weights == pytest.approx(2 * vit.activations(tokens, 4 - 2 * half, all_tokens, fused=not half), rel=0.01)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():  # the fused one is not counted by all torches
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):  # the fused one is not counted by all torches
         call()
     assert counter.get_total_flops() == pytest.approx(2 * vit.flops(tokens, all_tokens), rel=1e-6)
 
@@ -79,7 +83,11 @@ def test_what_dinov2s_drop_path_saves(half):
     kept = kept_bytes(network, call)
     expected = 10 * vit.activations(vit.tokens(64, 64), 4 - 2 * half, kept=share, fused=not half)
     assert kept - half * weights == pytest.approx(expected, rel=0.02)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():  # the fused one is not counted by all torches
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):  # the fused one is not counted by all torches
         call()
     assert counter.get_total_flops() == pytest.approx(10 * vit.flops(vit.tokens(64, 64), kept=share), rel=1e-6)
 
@@ -98,7 +106,11 @@ def test_what_autograd_keeps_of_a_head_and_its_operations(half, layers):
     assert call().dtype == torch.float32
     logits_and_norms = 4 * (64 + 1) * 2048
     assert kept - half * weights - logits_and_norms == pytest.approx(64 * head.activations(4 - 2 * half), rel=0.01)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():  # the fused one is not counted by all torches
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+        torch.no_grad(),
+    ):  # the fused one is not counted by all torches
         call()
     assert counter.get_total_flops() == 64 * head.flops()
 
@@ -163,7 +175,17 @@ def test_what_autograd_keeps_of_a_step(half):
 
 
 def test_shards_divide_what_is_kept_and_multiply_what_is_sent():
-    options = ["--model.backbone", "vit_tiny", "--model.out_dim", "512", *VIEWS, "--data.batch_size", "4", "--trainer.accumulate_grad_batches", "2"]
+    options = [
+        "--model.backbone",
+        "vit_tiny",
+        "--model.out_dim",
+        "512",
+        *VIEWS,
+        "--data.batch_size",
+        "4",
+        "--trainer.accumulate_grad_batches",
+        "2",
+    ]
     whole, shards = (run_of([*options, "--trainer.strategy", name], devices=4).step for name in ("ddp", "sharded"))
     for name in ("parameters", "teacher", "gradients", "optimizer"):
         assert getattr(shards.memory(), name) == getattr(whole.memory(), name) // 4

@@ -42,7 +42,21 @@ def report(checkpoints, tmp_path_factory):
         log.log_metrics({"train/loss": 5.0 - step / 10}, step)
     log.log_metrics({"val/knn_top1": 0.25}, 30)
     log.save()
-    main(["evaluate", "--checkpoint", str(checkpoint), "--root", str(root / "images"), "--output", str(root / "out"), "--shots", "1,0.5", "--draws", "2"])
+    main(
+        [
+            "evaluate",
+            "--checkpoint",
+            str(checkpoint),
+            "--root",
+            str(root / "images"),
+            "--output",
+            str(root / "out"),
+            "--shots",
+            "1,0.5",
+            "--draws",
+            "2",
+        ]
+    )
     return root
 
 
@@ -67,17 +81,28 @@ def test_numbers_are_those_of_the_tools(report):
         ("logistic, labels: 1 a class", one.logistic, one.logistic_margin),
         ("logistic, labels: 50 %", half.logistic, half.logistic_margin),
     ):
-        assert measures[name]["values"]["trained"] == pytest.approx(expected) and measures[name]["margins"]["trained"] == pytest.approx(margin)
+        assert measures[name]["values"]["trained"] == pytest.approx(expected) and measures[name]["margins"]["trained"] == pytest.approx(
+            margin
+        )
         assert set(measures[name]["values"]) == {"trained", "untrained", "raw pixels"}
     assert measures["effective rank"]["values"]["trained"] == pytest.approx(rank_me(seen[0]), rel=1e-4)
     assert measures["cluster purity"]["values"]["trained"] == pytest.approx(purity(kmeans(seen[2], 2)[0], seen[3]))
-    assert [told[name] for name in ("method", "image_size", "images", "queries", "classes", "unreadable")] == ["DINO", [32, 32], 18, 7, 2, 1]
+    assert [told[name] for name in ("method", "image_size", "images", "queries", "classes", "unreadable")] == [
+        "DINO",
+        [32, 32],
+        18,
+        7,
+        2,
+        1,
+    ]
 
 
 def test_the_page_needs_nothing_but_itself(report):
     text = (report / "out" / "index.html").read_text()
     assert set(re.findall(r'(?:src|href)="([^"]{10})', text)) == {"data:image"} and "http" not in text.replace("http-equiv", "")
-    assert "What run has learned" in text and "Evaluated on" in text and "18 images, 7 queries, 2 classes, 1 unreadable ones left out" in text
+    assert (
+        "What run has learned" in text and "Evaluated on" in text and "18 images, 7 queries, 2 classes, 1 unreadable ones left out" in text
+    )
     assert "would be right for 57.1 % of the queries" in text, "four of seven are of train's most frequent class"
     assert text.count("<polyline") == 2 and text.count("<circle") == 1, "a curve, and a single point"
     assert text.count("<svg") == 2 and text.count("<img") == 6 + 3, "curves; images looked at, components, neighbours, clusters"
@@ -91,7 +116,15 @@ def test_the_page_needs_nothing_but_itself(report):
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 def test_a_browser_draws_it(report, tmp_path):
     page, picture = report / "out" / "index.html", tmp_path / "page.png"
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=3000", "--window-size=1000,3000"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=3000",
+        "--window-size=1000,3000",
+    ]
     dom = subprocess.run([*command, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120).stdout
     legend = re.search(r'<div class="legend">(.*?)</div>', dom, re.S)[1]
     assert re.findall(r"<button[^>]*>(.*?)</button>", legend) == ["class0", "class1"], "the script ran to its end"
@@ -117,7 +150,9 @@ def test_images_with_masks(checkpoints, tmp_path):
         write_images(tmp_path / "images" / split, count)
         (tmp_path / "masks" / split).mkdir(parents=True)
         for i in range(count):
-            Image.fromarray(np.repeat(np.uint8([[0], [1]]), 30, axis=0).repeat(80, axis=1)).save(tmp_path / "masks" / split / f"{i:04d}.png")
+            Image.fromarray(np.repeat(np.uint8([[0], [1]]), 30, axis=0).repeat(80, axis=1)).save(
+                tmp_path / "masks" / split / f"{i:04d}.png"
+            )
     found = evaluate(checkpoints[0], str(tmp_path), output=str(tmp_path / "out"), draws=1)
     expected = segment(checkpoints[0], str(tmp_path), compare=True)
     assert found["segmentation, mIoU"] == pytest.approx({name: values[0] for name, values in expected.items()})
@@ -138,7 +173,11 @@ def test_refused(checkpoints, tmp_path):
     (tmp_path / "bad" / "a.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="none of the 1 images of .*bad could be read"):
         evaluate(checkpoints[0], str(tmp_path / "bad"), output=str(tmp_path / "out"))
-    for options, words in (({"draws": 0}, "draws at least 1; got 0"), ({"k": 0}, "k must be at least 1"), ({"batch_size": 0}, "batch_size must be")):
+    for options, words in (
+        ({"draws": 0}, "draws at least 1; got 0"),
+        ({"k": 0}, "k must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be"),
+    ):
         with pytest.raises(ValueError, match=words):
             evaluate(checkpoints[0], str(tmp_path / "bad"), output=str(tmp_path / "out"), **options)
     assert not (tmp_path / "out").exists()
@@ -166,7 +205,11 @@ def test_sets_of_known_layouts(checkpoints, tmp_path, capsys):
 def test_odd_folders(checkpoints, tmp_path, capsys):
     # A class of this name is no Copydays; queries without classes are left out; names that are no text, or HTML.
     root = tmp_path / "kaggle"
-    write_images(root / "train" / "original", 3), write_images(root / "train" / "edited</script>", 3, first=3), write_images(root / "test", 2)
+    (
+        write_images(root / "train" / "original", 3),
+        write_images(root / "train" / "edited</script>", 3, first=3),
+        write_images(root / "test", 2),
+    )
     name = os.fsencode(root / "train" / "original") + b"/\xff<b>.jpg"
     shutil.copy(root / "train" / "original" / "0000.jpg", name)
     found = evaluate(checkpoints[0], str(root), output=str(tmp_path / "one"), compare=False, draws=1)

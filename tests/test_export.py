@@ -80,7 +80,10 @@ def test_weights_give_the_same_features(form, name, patch_size, other, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["onnx", "torch_export"])
-@pytest.mark.parametrize("name, patch_size, size", [("vit_tiny", 16, (224, 224)), ("vit_small", 14, (56, 98)), pytest.param("vit_base", 8, (64, 40), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, patch_size, size",
+    [("vit_tiny", 16, (224, 224)), ("vit_small", 14, (56, 98)), pytest.param("vit_base", 8, (64, 40), marks=pytest.mark.slow)],
+)
 def test_graphs_give_the_same_features(form, name, patch_size, size, tmp_path):
     assert_same_features(form, short(name, patch_size), size, tmp_path / "out")
 

@@ -42,9 +42,7 @@ def folder(tmp_path, monkeypatch):
 def start(root, *options, launcher=(sys.executable, "-m", "dino_lightning"), config="small.yaml", **variables):
     command = [*launcher, "fit", "--config", config, "--trainer.default_root_dir", root, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
 
 
 def finish(process, code=0, seconds=300):
@@ -126,7 +124,10 @@ def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
 def test_a_killed_rank_or_worker_ends_the_run_in_seconds(folder):
     """With what to do in the last line."""
     two = ["--trainer.devices", "2", "--data.batch_size", "2", "--trainer.strategy", "ddp"]
-    for name, options, words in (("rank", two, "another rank of this run has ended"), ("worker", [], "a worker process of the loader is gone")):
+    for name, options, words in (
+        ("rank", two, "another rank of this run has ended"),
+        ("worker", [], "a worker process of the loader is gone"),
+    ):
         process = start(name, *options, "--trainer.max_epochs", "2000")
         wait_for_checkpoint(name, process)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

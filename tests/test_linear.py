@@ -141,9 +141,7 @@ def test_the_backbone_stays_as_it_is():
     trainer = fit(probe.train(), loader, loader)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert set(seen) == {(False, False)}
-    assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == {
-        id(p) for p in probe.heads.parameters()
-    }
+    assert {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]} == {id(p) for p in probe.heads.parameters()}
     assert probe(torch.randn(5, 3, 16, 16)).shape == (1, 5, 2)
 
 

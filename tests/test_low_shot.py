@@ -23,7 +23,9 @@ def test_logistic_regression_is_scikit_learns():
     weights, biases = logistic_regression(features, labels, 1e-2)
     theirs = LogisticRegression(C=1 / (1e-2 * 60), tol=1e-10, max_iter=10_000).fit(features.double().numpy(), labels.numpy())
     # Theirs also lets a constant be added to all classes' biases.
-    assert np.allclose(weights, theirs.coef_, atol=1e-4) and np.allclose(biases - biases.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-4)
+    assert np.allclose(weights, theirs.coef_, atol=1e-4) and np.allclose(
+        biases - biases.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-4
+    )
 
 
 def test_labels_are_drawn_class_by_class():
@@ -47,10 +49,14 @@ def test_accuracies_and_their_intervals():
     for draw in range(3):
         some = _drawn(bank_labels.numpy(), 0.2, 4, draw)
         voted.append(knn_accuracy(bank[some], bank_labels[some], queries, query_labels, k=5)[0])
-        model = LogisticRegression(C=1 / (1e-4 * 40), tol=1e-10, max_iter=100_000).fit(((bank - mean) / scale)[some].numpy(), bank_labels[some].numpy())
+        model = LogisticRegression(C=1 / (1e-4 * 40), tol=1e-10, max_iter=100_000).fit(
+            ((bank - mean) / scale)[some].numpy(), bank_labels[some].numpy()
+        )
         told.append(model.score(((queries - mean) / scale).numpy(), query_labels.numpy()))
     for values, value, margin in ((voted, more.knn, more.knn_margin), (told, more.logistic, more.logistic_margin)):
-        assert value == pytest.approx(np.mean(values), abs=0.004) and margin == pytest.approx(4.303 * np.std(values, ddof=1) / 3**0.5, abs=0.02)
+        assert value == pytest.approx(np.mean(values), abs=0.004) and margin == pytest.approx(
+            4.303 * np.std(values, ddof=1) / 3**0.5, abs=0.02
+        )
     (alone,) = low_shot(bank, bank_labels, queries, query_labels, (1,), draws=1)
     assert np.isnan(alone.knn_margin)
     for shots, draws in (((0,), 3), ((1.5,), 3), ((2,), 0)):

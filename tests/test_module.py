@@ -36,9 +36,7 @@ def tiny_vit(**options):
 
 class BatchNormNet(nn.Sequential):
     def __init__(self, channels=3):
-        super().__init__(
-            nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        )
+        super().__init__(nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
 def build_module(backbone=None, **options):

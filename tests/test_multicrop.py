@@ -44,9 +44,7 @@ def assert_pixels_equal(got, expected):
     assert difference.max() <= 2 and (difference > 1).mean() < 1e-3 and (difference > 0).mean() < 0.25
 
 
-@pytest.mark.parametrize(
-    "box, size", [((0, 0, 97, 131), (224, 224)), ((10, 20, 60, 50), (96, 96)), ((3, 5, 90, 120), (48, 64))]
-)
+@pytest.mark.parametrize("box, size", [((0, 0, 97, 131), (224, 224)), ((10, 20, 60, 50), (96, 96)), ((3, 5, 90, 120), (48, 64))])
 def test_crops_are_resized_as_pil_does(box, size):
     for image in (IMAGE, np.ascontiguousarray(IMAGE[..., :1])):
         top, left, height, width = box

@@ -24,8 +24,7 @@ def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.nda
     """A natural-ish image (H, W, C): gradients with noise, some pure gray pixels, and black, white, vivid patches."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width] / max(height, width)
-    waves = np.stack([np.sin(3 * rng.random() + 4 * x * rng.random() + 5 * y * rng.random())
-                      for _ in range(channels)], axis=-1)
+    waves = np.stack([np.sin(3 * rng.random() + 4 * x * rng.random() + 5 * y * rng.random()) for _ in range(channels)], axis=-1)
     image = 128 + 110 * waves + rng.normal(0, 12, waves.shape)
     gray = rng.random((height, width)) < 0.1
     image[gray] = image[gray][:, :1]
@@ -63,8 +62,12 @@ def random_recipe(n: int, seed: int = 0) -> np.ndarray:
 
 def oracle(image: Image.Image, row: np.void) -> np.ndarray:
     """What PIL and torchvision make of one image under one record."""
-    jitter = [(F.adjust_brightness, "brightness", 1), (F.adjust_contrast, "contrast", 1),
-              (F.adjust_saturation, "saturation", 1), (F.adjust_hue, "hue", 0)]
+    jitter = [
+        (F.adjust_brightness, "brightness", 1),
+        (F.adjust_contrast, "contrast", 1),
+        (F.adjust_saturation, "saturation", 1),
+        (F.adjust_hue, "hue", 0),
+    ]
     for code in row["order"] if row["jitter"] else []:
         operation, name, neutral = jitter[code]
         if row[name] != neutral:
@@ -138,15 +141,17 @@ def test_many_blurs_in_one_batch_as_pil():
 
 
 def test_all_orders_as_pil():
-    recipe = np.concatenate([record(order=order, brightness=1.3, contrast=0.6, saturation=1.5, hue=-0.08)
-                             for order in permutations(range(4))])
+    recipe = np.concatenate(
+        [record(order=order, brightness=1.3, contrast=0.6, saturation=1.5, hue=-0.08) for order in permutations(range(4))]
+    )
     assert_as_pil([picture(33, 29, seed=seed) for seed in range(24)], recipe)
 
 
 def test_orders_give_different_pictures():
     """Else the test above could not tell one order from another."""
-    recipe = np.concatenate([record(order=order, brightness=1.3, contrast=0.6, saturation=1.5, hue=-0.08)
-                             for order in permutations(range(4))])
+    recipe = np.concatenate(
+        [record(order=order, brightness=1.3, contrast=0.6, saturation=1.5, hue=-0.08) for order in permutations(range(4))]
+    )
     results = levels(batch(*[picture(33, 29)] * 24), recipe)
     assert len({result.tobytes() for result in results}) == 24
 
@@ -164,16 +169,20 @@ def test_full_chain_as_pil(size):
 
 
 def test_everything_on_as_pil():
-    row = record(order=[3, 1, 0, 2], brightness=1.4, contrast=1.3, saturation=0.7, hue=0.1, gray=True, blur_sigma=1.1,
-                 solarize=True)
+    row = record(order=[3, 1, 0, 2], brightness=1.4, contrast=1.3, saturation=0.7, hue=0.1, gray=True, blur_sigma=1.1, solarize=True)
     assert_as_pil([picture(45, 61)], row)
 
 
 def test_one_channel_as_mode_l():
     """Brightness, contrast and blur equal PIL's on mode L; the colour operations leave the crop alone."""
     image = picture(37, 53, channels=1)
-    for numbers in ({"brightness": 1.3}, {"contrast": 0.4}, {"contrast": 1.9}, {"blur_sigma": 1.7},
-                    {"order": [1, 0, 2, 3], "brightness": 0.7, "contrast": 1.4, "blur_sigma": 0.9}):
+    for numbers in (
+        {"brightness": 1.3},
+        {"contrast": 0.4},
+        {"contrast": 1.9},
+        {"blur_sigma": 1.7},
+        {"order": [1, 0, 2, 3], "brightness": 0.7, "contrast": 1.4, "blur_sigma": 0.9},
+    ):
         result = levels(batch(image), record(**numbers))[0]
         assert np.array_equal(result[..., 0], oracle(Image.fromarray(image[..., 0]), record(**numbers)[0])), numbers
     ignored = record(saturation=0.2, hue=0.3, gray=True, solarize=True)
@@ -254,7 +263,7 @@ def test_result_does_not_depend_on_the_batch(side):
     crops = batch(*[picture(side, side, seed=seed) for seed in range(9)])
     recipe, mean, std = random_recipe(9, seed=5), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     together = paint(crops, recipe, mean, std)
-    apart = torch.cat([paint(crops[i:i + 1], recipe[i:i + 1], mean, std) for i in range(9)])
+    apart = torch.cat([paint(crops[i : i + 1], recipe[i : i + 1], mean, std) for i in range(9)])
     assert torch.equal(together, apart)
 
 
@@ -309,8 +318,20 @@ def test_kernels_for_gpus_compile_without_fusing_products_and_sums():
     compiler = pytest.importorskip("triton.backends.compiler")
     from dino_lightning.data import painting_triton as kernels
 
-    types = {"levels": "*u8", "source": "*u8", "target": "*u8", "records": "*i32", "table": "*fp32", "sums": "*i32", "normal": "*fp32",
-             "image": "*fp32", "stride": "i32", "pixels": "i32", "step": "i32", "size": "i32"}
+    types = {
+        "levels": "*u8",
+        "source": "*u8",
+        "target": "*u8",
+        "records": "*i32",
+        "table": "*fp32",
+        "sums": "*i32",
+        "normal": "*fp32",
+        "image": "*fp32",
+        "stride": "i32",
+        "pixels": "i32",
+        "step": "i32",
+        "size": "i32",
+    }
     constants = {"TAPS": 4, "BLOCK": kernels._BLOCK}
     for kernel in (kernels._add_up, kernels._colour, kernels._box, kernels._finish):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -330,16 +351,19 @@ def changed(**numbers) -> np.ndarray:
     return np.concatenate([record(), record(**numbers)])
 
 
-@pytest.mark.parametrize("crops, recipe, mean, message", [
-    (torch.zeros(2, 3, 8, 8), changed(), [0] * 3, r"uint8.*float32"),
-    (torch.zeros(3, 8, 8, dtype=torch.uint8), changed(), [0] * 3, r"\(N, C, H, W\).*\(3, 8, 8\)"),
-    (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), changed(), [0] * 3, "at least one pixel"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed()[:1], [0] * 3, r"each of the 2 crops.*\(1,\)"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.zeros(2), [0] * 3, "float64"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(), [0.5], "mean has 1 entries.*3 channels"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(order=[0, 1, 1, 3]), [0] * 3, r"\[0, 1, 1, 3\]"),
-    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(hue=np.nan), [0] * 3, "hue must be finite, got nan"),
-])
+@pytest.mark.parametrize(
+    "crops, recipe, mean, message",
+    [
+        (torch.zeros(2, 3, 8, 8), changed(), [0] * 3, r"uint8.*float32"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), changed(), [0] * 3, r"\(N, C, H, W\).*\(3, 8, 8\)"),
+        (torch.zeros(2, 3, 0, 8, dtype=torch.uint8), changed(), [0] * 3, "at least one pixel"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed()[:1], [0] * 3, r"each of the 2 crops.*\(1,\)"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), np.zeros(2), [0] * 3, "float64"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(), [0.5], "mean has 1 entries.*3 channels"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(order=[0, 1, 1, 3]), [0] * 3, r"\[0, 1, 1, 3\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), changed(hue=np.nan), [0] * 3, "hue must be finite, got nan"),
+    ],
+)
 def test_wrong_arguments_are_named(crops, recipe, mean, message):
     with pytest.raises(ValueError, match=message):
         paint(crops, recipe, mean, [1] * 3)

@@ -103,7 +103,15 @@ def test_vit_with_a_grid_that_is_not_square():
 @pytest.mark.parametrize("uniform", [False, True])
 def test_blocks_computed_anew_have_the_same_gradients(uniform):
     """To the bit, with the paths that were dropped."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "drop_path_rate": 0.5, "drop_path_uniform": uniform}
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "drop_path_rate": 0.5,
+        "drop_path_uniform": uniform,
+    }
     plain, anew = VisionTransformer(**options), VisionTransformer(**options, activation_checkpointing=True)
     anew.load_state_dict(plain.state_dict())
     images, gradients = torch.randn(6, 3, 32, 32), []
@@ -288,9 +296,7 @@ def test_sgd_takes_parameters_that_were_frozen_at_first(fused):
 @pytest.mark.parametrize("k", [5, 10, 20, 100])
 def test_knn_equals_the_reference(golden, k):
     g = golden("knn")
-    top1, top5 = knn_accuracy(
-        g["bank"], g["bank_labels"], g["query"], g["query_labels"], k=k, temperature=g.item("temperature")
-    )
+    top1, top5 = knn_accuracy(g["bank"], g["bank_labels"], g["query"], g["query_labels"], k=k, temperature=g.item("temperature"))
     assert 100 * top1 == pytest.approx(g.item(f"top1.k{k}"), rel=1e-6)
     if k == 100:
         assert 100 * top5 == pytest.approx(g.item("top5.k100"), rel=1e-6)

@@ -24,9 +24,7 @@ from dino_lightning.tools.attention import attention
 
 
 def data(**options):
-    return MultiCropDataModule(
-        batch_size=4, num_workers=0, global_crops_size=32, local_crops_size=16, local_crops_number=2, **options
-    )
+    return MultiCropDataModule(batch_size=4, num_workers=0, global_crops_size=32, local_crops_size=16, local_crops_number=2, **options)
 
 
 def module(**options):

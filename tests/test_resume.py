@@ -153,9 +153,7 @@ def test_a_resumed_run_saves_no_step_twice(tmp_path):
     write_images(tmp_path / "images", 24)
     options = dict(batch_size=2, devices=1, accumulate_grad_batches=2, drop_path_rate=0.3, enable_checkpointing=True)
     whole = train(tmp_path, callbacks=[every_step(tmp_path / "first")], **options)
-    resumed = train(
-        tmp_path, callbacks=[every_step(tmp_path / "second")], ckpt_path=tmp_path / "first/step=4.ckpt", **options
-    )
+    resumed = train(tmp_path, callbacks=[every_step(tmp_path / "second")], ckpt_path=tmp_path / "first/step=4.ckpt", **options)
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == sorted(f"step={i}.ckpt" for i in range(5, 13))
     for key, value in whole["state"].items():
         assert torch.equal(resumed["state"][key], value), key

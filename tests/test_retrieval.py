@@ -103,7 +103,12 @@ def test_labels_are_carried_on_as_an_explicit_loop_would(n, radius, k, monkeypat
 
 def test_wrong_numbers_of_a_propagation_are_named():
     features, labels = torch.rand(4, 3, 3), torch.rand(2, 3, 3)
-    for options, words in (({"frames": -1}, "frames"), ({"radius": -1}, "radius"), ({"k": 0}, "k must be"), ({"temperature": 0.0}, "temperature")):
+    for options, words in (
+        ({"frames": -1}, "frames"),
+        ({"radius": -1}, "radius"),
+        ({"k": 0}, "k must be"),
+        ({"temperature": 0.0}, "temperature"),
+    ):
         with pytest.raises(ValueError, match=words):
             Propagation(features, labels, **options)
     with pytest.raises(ValueError, match=r"features are of \(3, 3\) places, labels of \(3, 2\)"):
@@ -116,9 +121,7 @@ def contour_by_hand(mask):
         (y, x)
         for y in range(height)
         for x in range(width)
-        if any(
-            mask[y, x] != mask[min(y + dy, height - 1), min(x + dx, width - 1)] for dy, dx in ((0, 1), (1, 0), (1, 1))
-        )
+        if any(mask[y, x] != mask[min(y + dy, height - 1), min(x + dx, width - 1)] for dy, dx in ((0, 1), (1, 0), (1, 1)))
     }
 
 
@@ -200,9 +203,7 @@ def test_each_image_of_a_class_finds_the_others(photographs, small_checkpoint, c
     paths = sorted((photographs / "classes").glob("*/*.png"))
     features = own_features(small_checkpoint, paths, 32)
     labels = [path.parent.name for path in paths]
-    aps = [
-        by_hand(features @ features[i], [j for j in range(12) if labels[j] == labels[i] and j != i], [i]) for i in range(12)
-    ]
+    aps = [by_hand(features @ features[i], [j for j in range(12) if labels[j] == labels[i] and j != i], [i]) for i in range(12)]
     assert found["trained"]["classes"][0] == pytest.approx(np.mean(aps), abs=1e-6)
     assert "12 queries among 12 images, longest side 32" in capsys.readouterr().out and "untrained" in found
 
@@ -283,7 +284,10 @@ def test_copies_are_found_by_the_letters_of_their_originals(tmp_path, small_chec
     def features(paths):
         rows = []
         for path in paths:
-            pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
+            pixels = (
+                torch.from_numpy(np.array(Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+                / 255
+            )
             mean, std = (torch.tensor(module.images[name])[:, None, None] for name in ("mean", "std"))
             with torch.no_grad():
                 tokens = module.evaluated.backbone.forward_features(((pixels - mean) / std)[None])[0]

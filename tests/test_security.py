@@ -47,7 +47,9 @@ def test_a_checkpoint_runs_no_code(small_checkpoint, trap, tmp_path):
     assert not sprung.exists()
 
 
-@pytest.mark.parametrize("key", ["model.backbone", "data.dataset", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.plugins"])
+@pytest.mark.parametrize(
+    "key", ["model.backbone", "data.dataset", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.plugins"]
+)
 def test_a_config_takes_only_classes_of_the_right_kind(key, trap, tmp_path, capsys):
     value, sprung = trap
     group, name = key.split(".")

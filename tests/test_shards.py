@@ -88,10 +88,26 @@ def test_the_order_takes_one_shard_after_the_other(folder):
 
 
 def test_a_run_on_shards_is_monitored_and_the_tools_take_them(folder, tmp_path, capsys):
-    vit = {"class_path": "dino_lightning.VisionTransformer", "init_args": {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}}
-    options = {"data.num_workers": 0, "data.max_unreadable": 1.0, "model.backbone": json.dumps(vit), "model.out_dim": 16, "model.hidden_dim": 16}
+    vit = {
+        "class_path": "dino_lightning.VisionTransformer",
+        "init_args": {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2},
+    }
+    options = {
+        "data.num_workers": 0,
+        "data.max_unreadable": 1.0,
+        "model.backbone": json.dumps(vit),
+        "model.out_dim": 16,
+        "model.hidden_dim": 16,
+    }
     options |= {f"data.{name}": value for name, value in SMALL.items()} | {"trainer.max_epochs": 2, "trainer.accelerator": "cpu"}
-    main(["fit", f"--data.root={folder}/shards", f"--trainer.default_root_dir={tmp_path}", *(f"--{name}={value}" for name, value in options.items())])
+    main(
+        [
+            "fit",
+            f"--data.root={folder}/shards",
+            f"--trainer.default_root_dir={tmp_path}",
+            *(f"--{name}={value}" for name, value in options.items()),
+        ]
+    )
     said = capsys.readouterr()
     assert "20 in 2 classes" in said.out + said.err and "val asked for the k-NN accuracy" in said.out + said.err
     main(["knn", "--checkpoint", str(next(tmp_path.rglob("last.ckpt"))), "--root", f"{folder}/shards", "--k", "3"])
@@ -162,7 +178,9 @@ def test_what_is_wrong_is_named(folder, tmp_path, capsys):
     for wrong in (index, pickled, elsewhere, [1], {"chunks": 3, "config": {}}):
         (copied / "index.json").write_text(json.dumps(wrong))
         for root in (copied, f"local:{copied}"):
-            with pytest.raises(ValueError, match="holds samples of another kind") if root == copied else pytest.raises(Exception, match="."):
+            with (
+                pytest.raises(ValueError, match="holds samples of another kind") if root == copied else pytest.raises(Exception, match=".")
+            ):
                 Shards(root, cache=str(tmp_path / "cache"))
     write_images(copied, 3)
     (copied / "index.json").write_text('{"photographer": "somebody"}')

@@ -47,7 +47,12 @@ def tars(tmp_path):
         files: dict[str, bytes] = {}
         for i in (3, 1, 2):  # in no order
             key = f"./photos.of/{number}{i}"
-            files |= {f"{key}.cls": str(i).encode(), f"{key}.seg.png": png(99), f"{key}.jpg.json": b"{}", f"{key}.png": png(10 * number + i)}
+            files |= {
+                f"{key}.cls": str(i).encode(),
+                f"{key}.seg.png": png(99),
+                f"{key}.jpg.json": b"{}",
+                f"{key}.png": png(10 * number + i),
+            }
         write_tar(tmp_path / f"{number}.tar", files | {"._of_a_mac.png": b"", "notes.txt": b"text"})
     return tmp_path / "*.tar"
 
@@ -68,7 +73,11 @@ def test_broken_tars_and_images_are_named(tars, tmp_path):
     (line,) = {line for _, _, lines in views_of(Tars(str(tars)), 0) for line in lines}
     assert line.startswith(f"{tmp_path}/2.tar/a.jpg: not an image")
     whole = (tmp_path / "0.tar").read_bytes()
-    for data, words in ((whole[:4700], "is cut off|no plain, whole tar"), (b"text", "no plain, whole tar file"), (whole[:512] + bytes(99), "no plain")):
+    for data, words in (
+        (whole[:4700], "is cut off|no plain, whole tar"),
+        (b"text", "no plain, whole tar file"),
+        (whole[:512] + bytes(99), "no plain"),
+    ):
         (tmp_path / "torn.tar").write_bytes(data)
         with pytest.raises((ValueError, FileNotFoundError), match=f"{words}|no images in 1 tar"):
             Tars([str(tmp_path / "torn.tar")])
@@ -83,7 +92,9 @@ def test_a_dataset_of_hugging_face(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")})
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"]), "text": datasets.Value("string")}
+    )
     rows = {
         "picture": [{"bytes": png(i), "path": f"{i}.png"} for i in range(4)] + [{"bytes": b"no image", "path": "bad.png"}, None],
         "kind": [0, 1, 0, 1, 0, 0],
@@ -102,6 +113,9 @@ def test_a_dataset_of_hugging_face(tmp_path, monkeypatch):
             source[i]
     for mine, others in zip(views_of(source, 0), views_of(source, 2), strict=True):
         assert torch.equal(mine[0], others[0]) and mine[2] == others[2]
-    for options, words in (({"label": "kinds"}, "no column 'kinds', but picture, kind, text"), ({"image": "kind"}, "'kind' of parquet holds no images")):
+    for options, words in (
+        ({"label": "kinds"}, "no column 'kinds', but picture, kind, text"),
+        ({"image": "kind"}, "'kind' of parquet holds no images"),
+    ):
         with pytest.raises(ValueError, match=words):
             HuggingFaceImages("parquet", **files | options)

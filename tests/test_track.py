@@ -84,7 +84,12 @@ def test_frames_of_davis_are_shown_as_the_reference_shows_them():
     std = (0.228, 0.224, 0.225)
     network = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten())  # its last feature map is what it is shown
     look = _Look(network, torch.device("cpu"), IMAGENET_MEAN, std, 480, 64)
-    assert [look.size(*sides) for sides in ((480, 854), (854, 480), (1080, 1920), (480, 910))] == [(480, 832), (832, 480), (480, 832), (480, 896)]
+    assert [look.size(*sides) for sides in ((480, 854), (854, 480), (1080, 1920), (480, 910))] == [
+        (480, 832),
+        (832, 480),
+        (480, 832),
+        (480, 896),
+    ]
     pixels = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
     shown = look._replace(side=64, coarse=32).features(pixels).permute(1, 2, 0).numpy()
     assert shown.shape == (64, 96, 3)

@@ -55,7 +55,11 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
 
 def test_files_of_the_reference_with_the_backbone_alone_and_whole(tmp_path):
     teacher, student = small_vit(), shaken(small_vit())
-    head = {"head.mlp.weight": torch.ones(8, 48), "head.last_layer.weight_g": torch.ones(16, 1), "head.last_layer.weight_v": torch.ones(16, 8)}
+    head = {
+        "head.mlp.weight": torch.ones(8, 48),
+        "head.last_layer.weight_g": torch.ones(16, 1),
+        "head.last_layer.weight_v": torch.ones(16, 8),
+    }
     torch.save(teacher.state_dict(), tmp_path / "alone.pth")
     whole = {
         "student": {f"module.backbone.{name}": v for name, v in student.state_dict().items()} | {f"module.{n}": v for n, v in head.items()},
@@ -387,7 +391,14 @@ def test_a_grid_of_as_many_patches_is_another_grid(tiny):
 
 
 def test_networks_that_compute_something_else_are_refused(tmp_path, monkeypatch):
-    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8, "intermediate_size": 96}
+    shape = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 32,
+        "patch_size": 8,
+        "intermediate_size": 96,
+    }
     other = shaken(transformers.ViTModel(transformers.ViTConfig(**shape, hidden_act="quick_gelu")))
     other.save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "model.safetensors", other):

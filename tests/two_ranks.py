@@ -93,8 +93,18 @@ class Losses(Callback):
 
 
 def train(
-    folder: Path, batch_size: int, callbacks=(), drop_path_rate=0.0, num_workers=0, ckpt_path=None, backbone=None, uneven=False,
-    teacher_temp=0.04, method="dino", recomputed=False, **options
+    folder: Path,
+    batch_size: int,
+    callbacks=(),
+    drop_path_rate=0.0,
+    num_workers=0,
+    ckpt_path=None,
+    backbone=None,
+    uneven=False,
+    teacher_temp=0.04,
+    method="dino",
+    recomputed=False,
+    **options,
 ) -> dict:
     """Trains on folder/images; the state, the losses and the metrics at the end."""
     seed_everything(0)
@@ -107,7 +117,9 @@ def train(
     if method == "mae":
         module = MAEModule(vit, img_size=32, decoder_dim=16, decoder_depth=1, decoder_heads=2, warmup_epochs=1)
     elif method == "dinov2":
-        module = DINOv2Module(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, mask_token=True), **arguments)
+        module = DINOv2Module(
+            VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, mask_token=True), **arguments
+        )
     else:
         module = DINOModule(backbone or vit, teacher_temp=teacher_temp, warmup_teacher_temp=teacher_temp, **arguments)
     losses = Losses()
@@ -135,7 +147,13 @@ SCENARIOS = {
     "cnn": {"backbone": "resnet18"},
     "saving": {"callbacks": [SaveEvery(1e-9)], "max_epochs": 8},
     "sharded": {"strategy": "sharded", "enable_checkpointing": True},
-    "sharded, resumed": {"strategy": "sharded", "ckpt_path": "step=3.ckpt", "batch_size": 1, "accumulate_grad_batches": 2, "limit_train_batches": 8},
+    "sharded, resumed": {
+        "strategy": "sharded",
+        "ckpt_path": "step=3.ckpt",
+        "batch_size": 1,
+        "accumulate_grad_batches": 2,
+        "limit_train_batches": 8,
+    },
     "mae": {"method": "mae"},
     "mae, sharded": {"method": "mae", "strategy": "sharded"},
     "dinov2": {"method": "dinov2"},

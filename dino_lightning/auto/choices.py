@@ -153,7 +153,9 @@ def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: boo
         if not facts.gpu:
             options = {"stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
-        name = choices.make("model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why)
+        name = choices.make(
+            "model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why
+        )
     choices.make("model.img_size", side, "that of the global crops")
     return any(word in str(name) for word in ("vit", "VisionTransformer"))
 

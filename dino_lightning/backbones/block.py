@@ -56,7 +56,9 @@ class Block(nn.Module):
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
             return first + self._drop(branch(x))
-        return first.index_add(0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor)  # autocast gives branches of lower precision
+        return first.index_add(
+            0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor
+        )  # autocast gives branches of lower precision
 
     def _drop(self, branch: Tensor) -> Tensor:
         keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)

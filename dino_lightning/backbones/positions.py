@@ -6,9 +6,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def interpolate_positions(
-    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool
-) -> Tensor:
+def interpolate_positions(positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool) -> Tensor:
     """Positions (1, 1 + h·w, D) of a grid (h, w) and of the class token, which stays, for another grid; bicubic."""
     # The reference scales by (n + 0.1) / grid and samples at that scale, which differs from a resize to n by up to 28 %.
     scale = tuple((to + offset) / side for to, side in zip(target, grid)) if offset else None

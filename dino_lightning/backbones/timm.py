@@ -15,9 +15,7 @@ def timm_model(name: str, img_size: int | tuple[int, int], in_chans: int, drop_p
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"backbone 'timm/{name}' needs timm: pip install timm", name="timm"
-        ) from error
+        raise ModuleNotFoundError(f"backbone 'timm/{name}' needs timm: pip install timm", name="timm") from error
     if not timm.is_model(name):
         similar = timm.list_models(f"*{name.split('_')[0]}*")[:8]
         raise ValueError(f"timm has no model {name!r}; similar names: {', '.join(similar) or 'none'}")

@@ -97,8 +97,7 @@ class VisionTransformer(nn.Module):
         rates = [drop_path_rate * (1 if drop_path_uniform else i / max(1, depth - 1)) for i in range(depth)]
         hidden_dim = int(embed_dim * mlp_ratio)
         blocks = [
-            Block(embed_dim, num_heads, FFNS[ffn](embed_dim, hidden_dim), rate, layer_scale, norm_eps, drop_path_uniform)
-            for rate in rates
+            Block(embed_dim, num_heads, FFNS[ffn](embed_dim, hidden_dim), rate, layer_scale, norm_eps, drop_path_uniform) for rate in rates
         ]
         self.blocks = _Blocks(blocks)
         self.activation_checkpointing = activation_checkpointing
@@ -269,7 +268,6 @@ def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
     if height % patch_size or width % patch_size or not height or not width:
         near = tuple(max(1, round(side / patch_size)) * patch_size for side in (height, width))
         raise ValueError(
-            f"the patch size {patch_size} does not divide the image size {height}×{width}; "
-            f"the nearest that fits is {near[0]}×{near[1]}"
+            f"the patch size {patch_size} does not divide the image size {height}×{width}; the nearest that fits is {near[0]}×{near[1]}"
         )
     return height // patch_size, width // patch_size

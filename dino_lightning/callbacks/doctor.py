@@ -77,9 +77,7 @@ class CollapseDoctor(Callback):
         self._told, self._first = list(state_dict["told"]), dict(state_dict["first"])
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._reading is not None:
             self._judge(trainer)
         seen = pl_module.observed

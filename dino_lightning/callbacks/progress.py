@@ -23,9 +23,7 @@ class ProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=1)
         self._read = 0.0
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_last = batch_idx + 1 >= trainer.num_training_batches
         if is_last or time.monotonic() - self._read >= _SECONDS:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

@@ -62,9 +62,7 @@ class RunReport(Callback):
         self._first = self._timed = trainer.global_step  # the step at which the time is taken
         self._told = not trainer.is_global_zero
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, timed = time.monotonic(), trainer.global_step - self._timed
         if self._told or timed == 0:
             return

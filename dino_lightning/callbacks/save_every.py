@@ -33,9 +33,7 @@ class SaveEvery(Callback):
         self._step = self._agreed_at = trainer.global_step  # the newest that was looked at, and at which all ranks were asked
         self._asked: LateReading | None = None
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         # Not where a validation follows, which a resumed run would leave out.
         if trainer.global_step == self._step or trainer.is_last_batch or _may_validate(trainer, batch_idx):
             return

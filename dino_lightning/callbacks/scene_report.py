@@ -64,7 +64,9 @@ class SceneReport(Callback):
                 f"{type(backbone).__name__} on {type(scenes).__name__}; leave this callback out"
             )
         if is_sharded(trainer):
-            raise ValueError("SceneReport looks at the whole network, of which each rank of strategy='sharded' has a part; leave one of them out")
+            raise ValueError(
+                "SceneReport looks at the whole network, of which each rank of strategy='sharded' has a part; leave one of them out"
+            )
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         self._bank = Scenes(min(self.bank, len(scenes)), scenes.first, scenes.side).tensors()
@@ -94,9 +96,9 @@ class SceneReport(Callback):
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))
         print(
             f"""
-{'':28}  raw pixels   untrained     trained
-{f'k-NN accuracy (k = {self.k})':28}{self._raw:12.1%}{self._before.knn:12.1%}{after.knn:12.1%}
-{'attention on object (IoU)':28}{'-':>12}{before_iou:12.2f}{after_iou:12.2f}
+{"":28}  raw pixels   untrained     trained
+{f"k-NN accuracy (k = {self.k})":28}{self._raw:12.1%}{self._before.knn:12.1%}{after.knn:12.1%}
+{"attention on object (IoU)":28}{"-":>12}{before_iou:12.2f}{after_iou:12.2f}
 
 No label was used in training. See what it looks at: {path}
 The checkpoint: {checkpoint}

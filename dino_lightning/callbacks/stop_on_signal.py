@@ -50,9 +50,7 @@ class StopOnSignal(Callback):
         self._step = trainer.global_step
         self._listen(trainer)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:  # within a window of accumulated batches
             return
         self._step = trainer.global_step

@@ -46,9 +46,7 @@ class Throughput(Callback):
         came = getattr(trainer.datamodule, "batch_came", None) or time.perf_counter()
         self._waited += max(0.0, came - self._ended)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._images += len(split_views(batch)[0])
         self._ended = time.perf_counter()
         seconds = self._ended - self._since

@@ -28,11 +28,10 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 
 
 def accuracies(num_classes: int) -> MetricCollection:
-    """"top1" and "top5" as fractions over all ranks, without samples of label -1; below five classes, top-5 is top-all."""
+    """ "top1" and "top5" as fractions over all ranks, without samples of label -1; below five classes, top-5 is top-all."""
     ranks = {"top1": 1, "top5": min(5, num_classes)}
     metrics = {
-        name: MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=-1, validate_args=False)
-        for name, k in ranks.items()
+        name: MulticlassAccuracy(num_classes, top_k=k, average="micro", ignore_index=-1, validate_args=False) for name, k in ranks.items()
     }
     # torchmetrics would group what agrees on the first batch, which may be chance.
     return MetricCollection(metrics, compute_groups=False)

@@ -164,9 +164,7 @@ def _layer(name: str, top: int) -> int:
     return top if part == "norm" else 0
 
 
-def _check_options(
-    lr: float, layer_decay: float, min_lr: float, warmup_epochs: int, weight_decay: float, label_smoothing: float
-) -> None:
+def _check_options(lr: float, layer_decay: float, min_lr: float, warmup_epochs: int, weight_decay: float, label_smoothing: float) -> None:
     if not 0 <= min_lr <= lr or lr == 0:
         raise ValueError(f"lr must be positive and min_lr at most as large, got lr={lr}, min_lr={min_lr}")
     if not 0 < layer_decay <= 1:

@@ -129,9 +129,7 @@ class LinearProbe(LightningModule):
         scale = count_images(self.trainer) / 256
         groups = [{"params": list(head.parameters()), "lr": rate * scale} for rate, head in zip(self.rates, self.heads)]
         optimizer = torch.optim.SGD(groups, momentum=0.9)
-        schedule = LambdaLR(
-            optimizer, lambda epoch: cosine_schedule(epoch, base_value=1.0, final_value=0.0, total_steps=epochs)
-        )
+        schedule = LambdaLR(optimizer, lambda epoch: cosine_schedule(epoch, base_value=1.0, final_value=0.0, total_steps=epochs))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "epoch"}}
 
     def setup(self, stage: str) -> None:

@@ -69,9 +69,7 @@ class ChannelMismatch(ValueError):
     """The image is intact, but its number of channels is not the one that was asked for."""
 
 
-def read_image(
-    path: str | os.PathLike[str], in_chans: int = 3, reduction: Callable[[int, int], int] | None = None
-) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], in_chans: int = 3, reduction: Callable[[int, int], int] | None = None) -> np.ndarray:
     """Decode a file to uint8 (H, W, in_chans), C-contiguous and writable, by the rule at the top of this module.
 
     `reduction` says of a height and width by how much (1, 2, 4 or 8) a JPEG may be reduced; its decoder does that

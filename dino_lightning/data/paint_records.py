@@ -8,9 +8,19 @@ from torch import Tensor
 
 # One record per crop. Factor 1.0 (brightness, contrast, saturation) and hue 0.0 mean "leave this operation out": any
 # other hue, however small, costs a round trip through 8-bit HSV, as in PIL. Hue is in turns, blur_sigma in pixels.
-PAINT = np.dtype([("jitter", np.bool_), ("order", np.uint8, (4,)), ("brightness", np.float32), ("contrast", np.float32),
-                  ("saturation", np.float32), ("hue", np.float32), ("gray", np.bool_), ("blur_sigma", np.float32),
-                  ("solarize", np.bool_)])
+PAINT = np.dtype(
+    [
+        ("jitter", np.bool_),
+        ("order", np.uint8, (4,)),
+        ("brightness", np.float32),
+        ("contrast", np.float32),
+        ("saturation", np.float32),
+        ("hue", np.float32),
+        ("gray", np.bool_),
+        ("blur_sigma", np.float32),
+        ("solarize", np.bool_),
+    ]
+)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 

@@ -88,7 +88,7 @@ def _paint_in_pieces(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], s
     size = max(1, CPU_PIXELS // math.prod(crops.shape[2:]))
     alike = np.lexsort([recipe["gray"], recipe["blur_sigma"] > 0, *recipe["order"].T, recipe["jitter"]])
     for start in range(0, len(crops), size):
-        rows = alike[start:start + size]
+        rows = alike[start : start + size]
         piece = torch.empty(len(rows), *crops.shape[1:])
         for crop, row in zip(piece, rows):
             crop.copy_(crops[row])
@@ -113,15 +113,18 @@ def _kernels(device: torch.device) -> Callable[[Tensor, np.ndarray, Sequence[flo
     try:  # whatever keeps a compiler from its work: no Triton, no C compiler, no room for its cache, a driver that is too old
         from dino_lightning.data.painting_triton import paint as kernels
 
-        same = torch.allclose(kernels(crops, recipe, IMAGENET_MEAN, IMAGENET_STD),
-                              _paint_at_once(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), atol=1e-4)  # a level is 0.017
+        same = torch.allclose(
+            kernels(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), _paint_at_once(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), atol=1e-4
+        )  # a level is 0.017
         reason = "" if same else "their levels differ from PIL's"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
     if not reason:
         return kernels
-    warnings.warn(f"crops are painted by some hundred operations instead of nine kernels of Triton, which do not work on {device}: "
-                  f"{reason}. Results are the same; a step may take longer. Install triton and a C compiler to mend that.")
+    warnings.warn(
+        f"crops are painted by some hundred operations instead of nine kernels of Triton, which do not work on {device}: "
+        f"{reason}. Results are the same; a step may take longer. Install triton and a C compiler to mend that."
+    )
     return None
 
 
@@ -131,9 +134,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return images.float().div_(255).sub_(center).div_(spread)
 
 
-def channel_numbers(
-    name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], in_chans: int
-) -> tuple[float, ...]:
+def channel_numbers(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
     """The mean or std of `in_chans` channels: as given, else ImageNet's for three and 0.5 for other counts.
 
     Raises:
@@ -160,7 +161,7 @@ def _paint(image: Tensor, recipe: np.ndarray) -> None:
         for (operation, rows, _), number in zip(steps, numbers):
             starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]  # of runs of neighbours, which are not copied
             for start, stop in itertools.pairwise(starts):
-                operation(image[rows[start]:rows[stop - 1] + 1], number[start:stop])
+                operation(image[rows[start] : rows[stop - 1] + 1], number[start:stop])
         return
     indices = _ship([step.rows for step in steps], np.int64, image.device)
     for (operation, _, _), index, number in zip(steps, indices, numbers):
@@ -321,11 +322,15 @@ def _box_passes(levels: Tensor, weights: Sequence[Tensor], bias: Tensor) -> Tens
 def _check(crops: Tensor, recipe: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
     n, shape = len(crops), tuple(crops.shape)
     if crops.dtype != torch.uint8 or len(shape) != 4 or 0 in shape[1:]:
-        raise ValueError(f"crops must be uint8 (N, C, H, W) with at least one pixel, got {crops.dtype} {shape}: "
-                         "stack the decoded crops, before any scaling to 0..1")
+        raise ValueError(
+            f"crops must be uint8 (N, C, H, W) with at least one pixel, got {crops.dtype} {shape}: "
+            "stack the decoded crops, before any scaling to 0..1"
+        )
     if recipe.dtype != PAINT or recipe.shape != (n,):
-        raise ValueError(f"recipe must hold one PAINT record for each of the {n} crops, got {recipe.dtype} "
-                         f"{recipe.shape}: make it with np.zeros({n}, PAINT)")
+        raise ValueError(
+            f"recipe must hold one PAINT record for each of the {n} crops, got {recipe.dtype} "
+            f"{recipe.shape}: make it with np.zeros({n}, PAINT)"
+        )
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != shape[1]:
             raise ValueError(f"{name} has {len(values)} entries, but the crops have {shape[1]} channels: give one each")

@@ -67,9 +67,7 @@ def training_sampler(dataset: Sized, batch_size: int, seed: int, trainer: Traine
     if trainer is None:
         return EpochSampler(dataset, batch_size, seed=seed)
     kind = OrderedSampler if trainer.overfit_batches else EpochSampler
-    return kind(
-        dataset, batch_size, trainer.world_size, trainer.global_rank, seed, position=lambda: training_position(trainer)
-    )
+    return kind(dataset, batch_size, trainer.world_size, trainer.global_rank, seed, position=lambda: training_position(trainer))
 
 
 def training_position(trainer: Trainer) -> tuple[int, int]:

@@ -88,7 +88,9 @@ class Shards(Dataset):
             return self._stream[index]
 
     def _open(self) -> Any:
-        return import_litdata().StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)  # by windows it would read 256 for each one
+        return import_litdata().StreamingDataset(
+            self.root, shuffle=False, batch_decode=0, **self._options
+        )  # by windows it would read 256 for each one
 
     def _index(self) -> dict[str, Any]:
         """Of litdata, with ours, both checked."""
@@ -108,7 +110,9 @@ class Shards(Dataset):
             size = file.stat().st_size if file.is_file() else 0
             expected = index[FACTS].get("bytes", {}).get(file.name, size)
             if not size or size != expected:
-                raise ValueError(f"the shard {file} has {size} bytes instead of {expected}: copy the folder again (SHA256SUMS tells what is whole)")
+                raise ValueError(
+                    f"the shard {file} has {size} bytes instead of {expected}: copy the folder again (SHA256SUMS tells what is whole)"
+                )
         return index
 
 

@@ -34,9 +34,7 @@ class Unpainted(NamedTuple):
     unreadable: list[str]
 
 
-def load(
-    source: Dataset, index: int, in_chans: int, reduction: Callable[[int, int], int] | None = None
-) -> tuple[np.ndarray, int]:
+def load(source: Dataset, index: int, in_chans: int, reduction: Callable[[int, int], int] | None = None) -> tuple[np.ndarray, int]:
     """Image (H, W, C) of uint8 and label (-1 without) of a sample that is an image or (image, label, ...).
 
     A source that can (``ImageFolder``) reads it no larger than ``reduction`` asks for.

@@ -71,9 +71,7 @@ def nmi(clusters: Tensor, labels: Tensor) -> float:
         return normalized_mutual_info_score(clusters, labels).item()
 
 
-def by_chance(
-    measure: Callable[[Tensor, Tensor], float], clusters: Tensor, labels: Tensor, draws: int = 10, seed: int = 0
-) -> float:
+def by_chance(measure: Callable[[Tensor, Tensor], float], clusters: Tensor, labels: Tensor, draws: int = 10, seed: int = 0) -> float:
     """What ``measure`` gives on average where the samples are dealt at random to clusters of the same sizes."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = (clusters[torch.randperm(len(clusters), generator=generator)] for _ in range(draws))

@@ -71,9 +71,7 @@ def features_with_paths(
         start: index of the first image.
     """
     views = PredictionViews(source, size, in_chans)
-    loader = DataLoader(
-        views, batch_size, sampler=range(start, len(views)), num_workers=num_workers, collate_fn=views.collate
-    )
+    loader = DataLoader(views, batch_size, sampler=range(start, len(views)), num_workers=num_workers, collate_fn=views.collate)
     for images, paths in loader:
         yield network(normalize(images.to(device), mean, std)) if paths else None, paths
 

@@ -63,8 +63,7 @@ def _check(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Ten
     for name, features, labels in (("bank", bank, bank_labels), ("query", queries, query_labels)):
         if features.ndim != 2 or labels.shape != features.shape[:1] or not len(features):
             raise ValueError(
-                f"expected {name} features (N, D) and labels (N,) with N ≥ 1, "
-                f"got {tuple(features.shape)} and {tuple(labels.shape)}"
+                f"expected {name} features (N, D) and labels (N,) with N ≥ 1, got {tuple(features.shape)} and {tuple(labels.shape)}"
             )
         if labels.min() < 0:
             raise ValueError(f"{name} labels must not be negative, got {int(labels.min())}")

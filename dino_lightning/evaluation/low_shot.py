@@ -103,7 +103,9 @@ def logistic_regression(features: Tensor, labels: Tensor, l2: float) -> tuple[Te
     y = labels.to(x.device)
     weights = torch.zeros(int(y.max()) + 1, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
     biases = torch.zeros(len(weights), dtype=x.dtype, device=x.device, requires_grad=True)
-    solver = torch.optim.LBFGS([weights, biases], max_iter=_ROUNDS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS(
+        [weights, biases], max_iter=_ROUNDS, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def loss() -> Tensor:
         solver.zero_grad()

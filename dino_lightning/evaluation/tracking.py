@@ -23,9 +23,7 @@ class Propagation:
         temperature: of their votes, exp(cosine / temperature).
     """
 
-    def __init__(
-        self, features: Tensor, labels: Tensor, frames: int = 7, radius: int = 12, k: int = 5, temperature: float = 0.1
-    ) -> None:
+    def __init__(self, features: Tensor, labels: Tensor, frames: int = 7, radius: int = 12, k: int = 5, temperature: float = 0.1) -> None:
         if features.shape[1:] != labels.shape[1:]:
             raise ValueError(f"features are of {tuple(features.shape[1:])} places, labels of {tuple(labels.shape[1:])}")
         for name, value in {"frames": frames, "radius": radius}.items():
@@ -64,7 +62,9 @@ class Propagation:
         votes = labels[:, :, first:last].permute(1, 0, 2, 3).flatten(1)  # (C, n · rows · w)
         affinity = asked.T @ near / self.temperature
         y, x = (torch.arange(size, device=features.device) for size in (height, width))
-        far = ((y[top:end, None] - y[first:last]).abs() > self.radius)[:, None, :, None] | ((x[:, None] - x).abs() > self.radius)[None, :, None]
+        far = ((y[top:end, None] - y[first:last]).abs() > self.radius)[:, None, :, None] | ((x[:, None] - x).abs() > self.radius)[
+            None, :, None
+        ]
         affinity = affinity.unflatten(1, (len(known), -1)).masked_fill(far.flatten(2).flatten(0, 1)[:, None], -torch.inf).flatten(1)
         best, places = affinity.topk(min(self.k, affinity.shape[1]), dim=1)  # (q, k)
         weights = best.softmax(dim=1)  # exp(cosine / temperature), to a sum of 1

@@ -105,8 +105,7 @@ class DINOLoss(nn.Module):
         k = self.center.shape[1]
         if student_logits.shape[1:] != (k,) or teacher_logits.shape[1:] != (k,):
             raise ValueError(
-                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, "
-                f"teacher {tuple(teacher_logits.shape)}"
+                f"expected logits (rows, {k}), got student {tuple(student_logits.shape)}, teacher {tuple(teacher_logits.shape)}"
             )
 
 
@@ -128,9 +127,7 @@ def dino_terms(student_logits: Tensor, targets: Tensor, student_temp: float = 0.
     """
     rows, teacher_rows = len(student_logits), len(targets)
     if student_logits.dim() != 2 or targets.shape[1:] != student_logits.shape[1:]:
-        raise ValueError(
-            f"expected logits (V·B, K) and targets (2·B, K), got {tuple(student_logits.shape)} and {tuple(targets.shape)}"
-        )
+        raise ValueError(f"expected logits (V·B, K) and targets (2·B, K), got {tuple(student_logits.shape)} and {tuple(targets.shape)}")
     if teacher_rows == 0 or teacher_rows % 2 or rows % (teacher_rows // 2) or rows < teacher_rows:
         raise ValueError(
             f"expected 2·B teacher rows and V·B student rows with V ≥ 2, got {teacher_rows} and {rows}: "

@@ -225,7 +225,9 @@ class Method(LightningModule):
         views = split_views(batch)
         check_views(views, self.trained.backbone, self._width)
         if len(views) > 2 and self.data.get("local_crops_number") == 0:
-            log.warning("%s has no use for the %d local views of each image; leave them out by local_crops_number=0", self.title, len(views) - 2)
+            log.warning(
+                "%s has no use for the %d local views of each image; leave them out by local_crops_number=0", self.title, len(views) - 2
+            )
         self.images = {"size": list(views[0].shape[-2:]), **_normalization(self.trainer.datamodule)}
         total, in_epoch = count_steps(self.trainer)
         images = count_images(self.trainer, first_batch_size=len(views[0]))

@@ -226,9 +226,7 @@ class DINOv2Module(Method):
             grid: (h, w) patches of a crop.
         """
         options, random = self.options, generator(*self.key, 1)
-        masks = sample_masks(
-            n_crops, grid, ratio=options["mask_ratio"], probability=options["mask_probability"], generator=random
-        )
+        masks = sample_masks(n_crops, grid, ratio=options["mask_ratio"], probability=options["mask_probability"], generator=random)
         return masks.flatten(1)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -346,9 +344,7 @@ class DINOv2Module(Method):
         return sent(masks, view.device), rows if rows is None else sent(rows, view.device)
 
     @torch.no_grad()
-    def _measure(
-        self, targets: Tensor, patch_targets: Tensor | None, masks: Tensor | None, dino_loss: Tensor
-    ) -> dict[str, Tensor]:
+    def _measure(self, targets: Tensor, patch_targets: Tensor | None, masks: Tensor | None, dino_loss: Tensor) -> dict[str, Tensor]:
         """What tells how the run fares, for the log and the doctor."""
         entropy = _entropy(targets)
         numbers = {"teacher_entropy": entropy, "kl": dino_loss - entropy}

@@ -30,9 +30,7 @@ def split_views(batch: Any) -> list[Tensor]:
         )
     shapes = [tuple(view.shape) for view in views]
     if len(views) < 2 or any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):
-        raise ValueError(
-            f"expected at least two views (B, C, H, W) with the same B and C, the first two the global crops, got {shapes}"
-        )
+        raise ValueError(f"expected at least two views (B, C, H, W) with the same B and C, the first two the global crops, got {shapes}")
     return list(views)
 
 

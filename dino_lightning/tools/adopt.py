@@ -159,8 +159,7 @@ def _count_steps(optimizer: Mapping[str, Any], epochs: int) -> int:
     counted = max((int(state["step"]) for state in optimizer["state"].values() if "step" in state), default=0)
     if counted == 0 or counted % epochs:
         raise ValueError(
-            f"the optimizer has counted {counted} steps in {epochs} epochs, which does not tell the steps of an epoch; give "
-            "steps_per_epoch"
+            f"the optimizer has counted {counted} steps in {epochs} epochs, which does not tell the steps of an epoch; give steps_per_epoch"
         )
     return counted // epochs
 

@@ -72,7 +72,10 @@ def compare(
         folder = Path(output) / method
         done = folder / "result.json"
         if not done.exists():
-            print(f"{method} ({number} of {len(methods)}): {minutes:g} minutes, and the evaluation; its log is {folder / 'fit.log'}", flush=True)
+            print(
+                f"{method} ({number} of {len(methods)}): {minutes:g} minutes, and the evaluation; its log is {folder / 'fit.log'}",
+                flush=True,
+            )
             data = {"root": os.path.abspath(root), "global_crops_size": image_size, "batch_size": batch_size, "num_workers": num_workers}
             _train(folder, method, minutes, {name: value for name, value in data.items() if value is not None}, seed)
             done.write_text(json.dumps(_judge(folder, method, root, minutes)._asdict()), encoding="utf-8")

@@ -56,4 +56,11 @@ def _rows(results: Sequence[Result]) -> list[list[str]]:
 
 def _cells(result: Result) -> list[str]:
     percent = [f"{100 * value:.1f}" for value in (result.knn, result.linear)]
-    return [result.method, *percent, f"{result.rank:.0f}", f"{result.images_per_s:.0f}", f"{result.megabytes:.0f}", f"{result.parameters:.1f}"]
+    return [
+        result.method,
+        *percent,
+        f"{result.rank:.0f}",
+        f"{result.images_per_s:.0f}",
+        f"{result.megabytes:.0f}",
+        f"{result.parameters:.1f}",
+    ]

@@ -67,7 +67,9 @@ def copies(
         raise ValueError(f"image_size and ranked must be at least 1, got {image_size} and {ranked}")
     folder = Path(root)
     if not (folder / _ORIGINAL).is_dir():
-        raise FileNotFoundError(f"there is no folder {folder / _ORIGINAL}: root must hold {_ORIGINAL}/ and a folder for each kind of copies")
+        raise FileNotFoundError(
+            f"there is no folder {folder / _ORIGINAL}: root must hold {_ORIGINAL}/ and a folder for each kind of copies"
+        )
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
 
@@ -86,7 +88,9 @@ def copies(
     bank = originals + (listed(distractors) if distractors else [])
     others = listed(whiten_with) if whiten_with else []
     networks = networks_of(module, compare)
-    print(f"copies of {len(originals)} originals among {len(bank)} images, {image_size}×{image_size} pixels, {pooling}; mAP of the first {ranked}")
+    print(
+        f"copies of {len(originals)} originals among {len(bank)} images, {image_size}×{image_size} pixels, {pooling}; mAP of the first {ranked}"
+    )
     results: dict[str, dict[str, float]] = {}
     for title, network in networks.items():
 
@@ -107,11 +111,16 @@ def copies(
         for kind, paths in sorted(kinds.items()):
             positives = [np.array([i for i, path in enumerate(originals) if _key(path) == _key(copy)], dtype=int) for copy in paths]
             if not any(map(len, positives)):
-                raise ValueError(f"no copy in {folder / kind} has the first {_NAMED_ALIKE} letters of an original, such as {originals[0].name}")
+                raise ValueError(
+                    f"no copy in {folder / kind} has the first {_NAMED_ALIKE} letters of an original, such as {originals[0].name}"
+                )
             order = rank(places, ready(features(paths)), ranked)
             results[title][kind] = score(order, positives, trapezoid=trapezoid).mean_ap
             alone = sum(not len(found) for found in positives)
-            print(f"{title:12}{kind:20}{100 * results[title][kind]:6.1f}" + (f"   ({alone} copies of no original do not count)" if alone else ""))
+            print(
+                f"{title:12}{kind:20}{100 * results[title][kind]:6.1f}"
+                + (f"   ({alone} copies of no original do not count)" if alone else "")
+            )
     return results
 
 

@@ -96,7 +96,9 @@ def evaluate(
     subject = Subject(checkpoint, module, shown, image_size, {"mean": mean, "std": std}, compare)
     bank_folder, query_folder = _folders(Path(root), queries, shown.in_chans)
     if not isinstance(bank_folder, ImageFolder):
-        raise ValueError(f"{root} holds shards; evaluate draws pictures, and needs the folder of images that they were made of (knn and linear take them)")
+        raise ValueError(
+            f"{root} holds shards; evaluate draws pictures, and needs the folder of images that they were made of (knn and linear take them)"
+        )
     labelled = bank_folder.classes is not None and (query_folder is not None or not _set_of(Path(root)))
 
     def seen(source: ImageFolder) -> Seen:

@@ -93,7 +93,9 @@ def neighbours_vote(bank: Seen, queries: Seen, subject: Subject, k: int) -> Part
     """k-NN accuracy."""
     k = min(k, len(bank.paths))
     device = subject.module.device
-    found = {name: knn_accuracy(of.to(device), bank.labels, queries.features[name], queries.labels, k=k) for name, of in bank.features.items()}
+    found = {
+        name: knn_accuracy(of.to(device), bank.labels, queries.features[name], queries.labels, k=k) for name, of in bank.features.items()
+    }
     measures = [Measure("k-NN, top-1", {name: top1 for name, (top1, _) in found.items()}, f"{k} neighbours")]
     if len(bank.classes) > 5:
         measures.append(Measure("k-NN, top-5", {name: top5 for name, (_, top5) in found.items()}, f"{k} neighbours"))
@@ -136,7 +138,9 @@ def few_labels(bank: Seen, queries: Seen, shots: Sequence[float], draws: int, k:
         given = f"{100 * n:g} %" if n < 1 else f"{int(n)} a class"
         for kind, called in (("knn", "k-NN"), ("logistic", "logistic")):
             values, margins = ({name: getattr(one, kind + end) for name, one in of_each.items()} for end in ("", "_margin"))
-            measures.append(Measure(f"{called}, labels: {given}", values, f"{of_each[TRAINED].labels} in all", margins if draws > 1 else None))
+            measures.append(
+                Measure(f"{called}, labels: {given}", values, f"{of_each[TRAINED].labels} in all", margins if draws > 1 else None)
+            )
     return Part(
         "How far do few labels go?",
         f"k-NN and logistic regression with few labels of train/: means over {draws} draws of the labels"
@@ -174,7 +178,8 @@ def groups(seen: Seen, subject: Subject, seed: int) -> Part:
     drawn = draw_clusters(features[TRAINED], paths, subject.shown._asdict(), assigned, centres, seen.classes, labels)
     return Part(
         "Which groups are there?",
-        "Clusters of k-means" + (", and how they agree with the classes: purity and normalised mutual information." if seen.classes else "."),
+        "Clusters of k-means"
+        + (", and how they agree with the classes: purity and normalised mutual information." if seen.classes else "."),
         measures,
         [page.picture(drawn, "of each cluster the images nearest to its centre")],
     )
@@ -190,7 +195,9 @@ def alike(bank: Seen, queries: Seen, subject: Subject) -> Part:
         others = [(bank.paths[place], cosine) for place, cosine in zip(places, cosines) if bank.paths[place] != queries.paths[i]]
         found[queries.paths[i]] = others[:_NEIGHBORS]
     drawn = draw_neighbors(found, bank.paths, subject.shown._asdict())
-    return Part("Which images does it find alike?", "Images, and those with the most similar features.", (), [page.picture(drawn, "nearest images")])
+    return Part(
+        "Which images does it find alike?", "Images, and those with the most similar features.", (), [page.picture(drawn, "nearest images")]
+    )
 
 
 def looks(seen: Seen, subject: Subject) -> Part | None:
@@ -270,4 +277,6 @@ def told_apart(subject: Subject, root: str) -> Part:
     with hushed():
         found = segment(subject.checkpoint, root, image_size=size, compare=subject.compare, **subject.normalisation)
     about = "Mean intersection over union of a linear classifier of the features of places, at twice the size (dino-lightning segment)."
-    return Part("Does it know what the pixels show?", about, [Measure("segmentation, mIoU", {name: values[0] for name, values in found.items()})])
+    return Part(
+        "Does it know what the pixels show?", about, [Measure("segmentation, mIoU", {name: values[0] for name, values in found.items()})]
+    )

@@ -65,9 +65,7 @@ def _card(checkpoint: str, package: Package, network: str, module: Method) -> st
     size = f"{package.size[0]}×{package.size[1]}"
     if isinstance(backbone, VisionTransformer):
         heads = backbone.blocks[0].attn.num_heads
-        shape = (
-            f"ViT, width {backbone.embed_dim}, {len(backbone.blocks)} blocks, {heads} heads, patches of {backbone.patch_size} pixels"
-        )
+        shape = f"ViT, width {backbone.embed_dim}, {len(backbone.blocks)} blocks, {heads} heads, patches of {backbone.patch_size} pixels"
     else:
         shape = type(backbone).__name__
     rows = {
@@ -79,7 +77,9 @@ def _card(checkpoint: str, package: Package, network: str, module: Method) -> st
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
-    return "\n".join([f"# A backbone trained with {module.title}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""])
+    return "\n".join(
+        [f"# A backbone trained with {module.title}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+    )
 
 
 def _run_config(checkpoint: str) -> dict[str, Any]:

@@ -131,9 +131,7 @@ def read_features(folder: str | os.PathLike[str]) -> Features:
     """
     folder = Path(folder)
     if not (folder / FACTS).is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {FACTS}: make the features with dino-lightning extract IMAGES --output {folder}"
-        )
+        raise FileNotFoundError(f"{folder} has no {FACTS}: make the features with dino-lightning extract IMAGES --output {folder}")
     facts = _read_facts(folder)
     if not facts["complete"]:
         done = facts["features"] + facts["unreadable"]

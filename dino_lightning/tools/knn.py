@@ -66,9 +66,10 @@ def knn(
         results["raw pixels"] = accuracies("raw pixels", raw_pixels)
         results["untrained"] = accuracies("untrained", untrained(module))
     results["trained"] = accuracies("trained", module)
-    print(f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels; top-1 / top-5 in per cent")
+    print(
+        f"{len(bank)} images of {bank.root}, {len(query)} queries of {query.root}, {shown.size[0]}×{shown.size[1]} pixels; top-1 / top-5 in per cent"
+    )
     print(" " * 12 + "".join(f"{f'k = {n}':>14}" for n in k))
     for name, values in results.items():
         print(f"{name:12}" + "".join(f"{100 * top1:7.1f} /{100 * top5:5.1f}" for top1, top5 in values))
     return results
-

@@ -113,9 +113,7 @@ def _cache(
     def network(batch: Tensor) -> Tensor:
         return probe_features(backbone, batch, **tokens).cpu()
 
-    features, labels = extract_features(
-        network, source, batch_size=batch_size, device=device, progress=f"{title}: features", **images
-    )
+    features, labels = extract_features(network, source, batch_size=batch_size, device=device, progress=f"{title}: features", **images)
     labels = labels.cpu()
     if not (labels >= 0).any():
         raise ValueError(f"none of the {len(labels)} images of {source.root} could be read")

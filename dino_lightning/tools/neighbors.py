@@ -18,9 +18,7 @@ from dino_lightning.tools.thumbnails import ShortNames, Thumbnails
 _MOST_QUERIES = 100  # a sheet of more is no picture to look at
 
 
-def neighbors(
-    *queries: str, features: str, checkpoint: str, k: int = 10, output: str = "neighbors"
-) -> dict[str, list[tuple[str, float]]]:
+def neighbors(*queries: str, features: str, checkpoint: str, k: int = 10, output: str = "neighbors") -> dict[str, list[tuple[str, float]]]:
     """Finds and draws the images nearest to others by the cosine of their features.
 
     A query that stands among the images itself is not its own neighbour: it is left out of its row.

@@ -100,7 +100,9 @@ def lines(drawn: Sequence[Line], what: str, percent: bool = True) -> str:
         value = low + (high - low) * i / 4
         _, y = place(0, value)
         shown = f"{100 * value:.0f} %" if percent else f"{value:.3g}"
-        parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".2"/><text x="4" y="{y + 4}">{shown}</text>')
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}" stroke="currentColor" opacity=".2"/><text x="4" y="{y + 4}">{shown}</text>'
+        )
         x, _ = place(longest * i / 4, low)
         parts.append(f'<text x="{x - 8}" y="{_HEIGHT - 14}">{_number(longest * i / 4)}</text>')
     taken: list[float] = []

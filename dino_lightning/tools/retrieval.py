@@ -89,7 +89,9 @@ def retrieval(
     others = ImageFiles([whiten_with], shown.in_chans) if whiten_with else ()
     results: dict[str, dict[str, tuple[float, ...]]] = {}
     networks = networks_of(module, compare)
-    print(f"{name}: {len(task.queries)} queries among {len(task.bank)} images, longest side {longest}, scales {', '.join(f'{s:.3g}' for s in scales)}, {pooling}")
+    print(
+        f"{name}: {len(task.queries)} queries among {len(task.bank)} images, longest side {longest}, scales {', '.join(f'{s:.3g}' for s in scales)}, {pooling}"
+    )
     print(" " * 22 + f"{'mAP':>7}" + "".join(f"{f'mP@{k}':>8}" for k in at))
     for title, network in networks.items():
 
@@ -132,7 +134,9 @@ def _task(root: Path) -> tuple[str, _Task]:
         raise ValueError(f"{root} has splits; name one of them, such as {find_splits(root)[1][0]}, whose images search among each other")
     folder = ImageFolder(root)
     if folder.classes is None:
-        raise ValueError(f"{root} has no class folders, and no gnd_roxford5k or gnd_rparis6k (.pkl or .json) beside jpg/: nothing says what should be found")
+        raise ValueError(
+            f"{root} has no class folders, and no gnd_roxford5k or gnd_rparis6k (.pkl or .json) beside jpg/: nothing says what should be found"
+        )
     paths = [Path(folder.path(i)) for i in range(len(folder))]
     itself = np.arange(len(paths))[:, None]
     return root.name, _Task(paths, paths, [None] * len(paths), {"classes": (_OthersOfClass(folder.labels), itself)})
@@ -168,7 +172,9 @@ def _buildings(root: Path, file: Path) -> _Task:
     for query, truth in enumerate(truths):
         wrong = [int(n) for numbers in truth.values() for n in numbers if not 0 <= n < len(images["imlist"])]
         if wrong:
-            raise ValueError(f"{file} says of query {query} that image {wrong[0]} is what it means, but has {len(images['imlist'])} images, counted from 0")
+            raise ValueError(
+                f"{file} says of query {query} that image {wrong[0]} is what it means, but has {len(images['imlist'])} images, counted from 0"
+            )
 
     def of(*names: str) -> list[np.ndarray]:
         return [np.concatenate([truth[name] for name in names]) for truth in truths]

@@ -86,7 +86,9 @@ def segment(
     classes = 1 + max(_greatest(_mask(mask, found.shift)) for _, mask in tqdm(found.train + found.val, desc="masks", leave=False))
     if classes < 1:
         raise ValueError(f"the masks of {root} hold nothing but {_IGNORED}, which does not count")
-    print(f"{found.layout}: {len(found.train)} images to learn from, {len(found.val)} to measure, {classes} classes, {shown.size[0]}×{shown.size[1]} pixels")
+    print(
+        f"{found.layout}: {len(found.train)} images to learn from, {len(found.val)} to measure, {classes} classes, {shown.size[0]}×{shown.size[1]} pixels"
+    )
     results: dict[str, tuple[float, list[float]]] = {}
     for title, network in networks_of(module, compare).items():
         look = _Look(network, module.device, shown)

@@ -21,7 +21,9 @@ from dino_lightning.tools.shrink import check_sizes, shrunk
 from dino_lightning.training.randomness import generator
 
 
-def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = None, quality: int = 95, num_workers: int = 0, seed: int = 0) -> None:
+def shard(
+    root: str, output: str, megabytes: int = 64, shorter: int | None = None, quality: int = 95, num_workers: int = 0, seed: int = 0
+) -> None:
     """Writes the images of a folder into shards, which ``--data.root OUTPUT`` trains on; the same command goes on where it was interrupted.
 
     Files go in as they are (or smaller, with ``shorter``), in a random order, which training draws shard by shard anew in every epoch:
@@ -45,7 +47,9 @@ def shard(root: str, output: str, megabytes: int = 64, shorter: int | None = Non
         raise ValueError(f"megabytes must be at least 1, got {megabytes}")
     check_sizes(512 if shorter is None else shorter, quality)
     if is_address(output) or is_address(root):
-        raise ValueError(f"shard writes from folder to folder, got {root} and {output}; copy the folder of shards to its address afterwards")
+        raise ValueError(
+            f"shard writes from folder to folder, got {root} and {output}; copy the folder of shards to its address afterwards"
+        )
     source, target = Path(root).resolve(), Path(output).resolve()
     if source == target or source in target.parents or target in source.parents:
         raise ValueError(f"output {output} and root {root} must lie outside of each other")

@@ -79,7 +79,9 @@ def track(
         raise ValueError(f"give one folder of frames, one video file, or the folder of DAVIS 2017, got {len(frames)}")
     is_davis = holds_davis(Path(frames[0]))
     if is_davis == (mask is not None):
-        raise ValueError("DAVIS has masks of its own; leave --mask out" if is_davis else "say by --mask MASK.png what to follow from the first frame on")
+        raise ValueError(
+            "DAVIS has masks of its own; leave --mask out" if is_davis else "say by --mask MASK.png what to follow from the first frame on"
+        )
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
     if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
@@ -170,7 +172,9 @@ def _followed(
     for name, pixels in frames:
         if propagation is None:
             if pixels.shape[:2] != first.shape:
-                raise ValueError(f"the mask has {first.shape[1]}×{first.shape[0]} pixels, the first frame {pixels.shape[1]}×{pixels.shape[0]}")
+                raise ValueError(
+                    f"the mask has {first.shape[1]}×{first.shape[0]} pixels, the first frame {pixels.shape[1]}×{pixels.shape[0]}"
+                )
             if begin not in (None, name):
                 raise ValueError(f"the first frame, {begin}, cannot be read, and the mask is of it")
             features = look.features(pixels)
@@ -180,7 +184,9 @@ def _followed(
             yield name, pixels, first
             continue
         if pixels.shape[:2] != first.shape:
-            raise ValueError(f"the frame {name} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the first one {first.shape[1]}×{first.shape[0]}")
+            raise ValueError(
+                f"the frame {name} has {pixels.shape[1]}×{pixels.shape[0]} pixels, the first one {first.shape[1]}×{first.shape[0]}"
+            )
         found = propagation(look.features(pixels))
         size = look.size(*pixels.shape[:2])
         whole = F.interpolate(found[None], size, mode="bilinear", align_corners=False)[0]

@@ -58,9 +58,7 @@ class NonFiniteGuard:
             raise NonFiniteLossError(self._failure)
 
 
-_REMEDY = (
-    "Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed instead of 16-mixed. All ranks stop here"
-)
+_REMEDY = "Go on from before with a lower lr or teacher_temp, a smaller clip_grad, or bf16-mixed instead of 16-mixed. All ranks stop here"
 
 
 def _last_checkpoint(trainer: Trainer | None) -> str:

@@ -67,9 +67,7 @@ class Plan:
 
     def weight_decay_at(self, step: int) -> float:
         """Weight decay of a step."""
-        return cosine_schedule(
-            step, base_value=self.weight_decay, final_value=self.weight_decay_end, total_steps=self.total_steps
-        )
+        return cosine_schedule(step, base_value=self.weight_decay, final_value=self.weight_decay_end, total_steps=self.total_steps)
 
     def values_at(self, step: int) -> dict[str, float]:
         """All of its schedules, by their names in the log."""

@@ -44,7 +44,9 @@ class ShardedStrategy(ModelParallelStrategy):
         """What ``optimizer.state_dict()`` is of whole tensors, on the CPU; empty but on rank 0."""
         saved, state = getattr(optimizer, "_optimizer", optimizer).state_dict(), {}
         for number, held in saved["state"].items():
-            whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()}  # all ranks together
+            whole = {
+                name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in held.items()
+            }  # all ranks together
             if self.global_rank == 0:
                 state[number] = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in whole.items()}
         return {**saved, "state": state} if self.global_rank == 0 else {}

@@ -107,14 +107,14 @@ def _write_torchvision(package: Package, folder: Path) -> str:
     resnet = resnet_name(package.backbone)
     if resnet is None or package.in_chans != 3:  # torchvision builds it with a classifier, or for three channels
         return _USAGE_OF_A_STATE_DICT
-    return f'''import torch
+    return f"""import torch
 import torchvision
 
 model = torchvision.models.{resnet}()
 model.fc = torch.nn.Identity()
 model.load_state_dict(torch.load("FOLDER/backbone.pth"))
 images = torch.rand({package.batch})  # yours, normalised as said above
-features = model.eval()(images)'''
+features = model.eval()(images)"""
 
 
 def _usage_of_ours(package: Package, source: str) -> str | None:

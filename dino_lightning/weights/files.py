@@ -51,8 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
     except Exception as error:  # a damaged file makes the reader fail in any way
         raise ValueError(
-            f"{path} is no checkpoint, or not a whole one: {why_unreadable(Path(path), error)}; expected a checkpoint of "
-            "dino-lightning fit"
+            f"{path} is no checkpoint, or not a whole one: {why_unreadable(Path(path), error)}; expected a checkpoint of dino-lightning fit"
         ) from None
 
 

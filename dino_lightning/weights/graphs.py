@@ -42,25 +42,23 @@ def write_onnx(package: Package, folder: Path) -> str:
     difference = (torch.from_numpy(features) - expected).abs().max().item()
     if not difference < _TOLERANCE * max(1, expected.abs().max().item()):
         raise RuntimeError(f"onnxruntime gives features that differ by {difference:.2e}: this network cannot be exported to ONNX")
-    return f'''import numpy
+    return f"""import numpy
 import onnxruntime
 
 session = onnxruntime.InferenceSession("FOLDER/model.onnx")
 images = numpy.random.rand(*{package.batch}).astype(numpy.float32)  # yours, normalised as said above
-(features,) = session.run(None, {{"images": images}})'''
+(features,) = session.run(None, {{"images": images}})"""
 
 
 def write_torch_export(package: Package, folder: Path) -> str:
     """``model.pt2``."""
-    program = torch.export.export(
-        package.backbone, (_images(package),), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
+    program = torch.export.export(package.backbone, (_images(package),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     torch.export.save(program, folder / "model.pt2")
-    return f'''import torch
+    return f"""import torch
 
 backbone = torch.export.load("FOLDER/model.pt2").module()
 images = torch.rand({package.batch})  # yours, normalised as said above
-features = backbone(images)'''
+features = backbone(images)"""
 
 
 def _images(package: Package, count: int = 2) -> torch.Tensor:

@@ -147,7 +147,9 @@ def start_from(source: str | Path, backbone: nn.Module, head: nn.Module | None =
     if not found.head:
         raise ValueError(f"{found.name} holds no projection head; leave weights_with_head out for a new one")
     own = head.state_dict()
-    wrong = [name for name in own.keys() | found.head.keys() if getattr(found.head.get(name), "shape", 0) != getattr(own.get(name), "shape", 0)]
+    wrong = [
+        name for name in own.keys() | found.head.keys() if getattr(found.head.get(name), "shape", 0) != getattr(own.get(name), "shape", 0)
+    ]
     if wrong or (found.center is not None and found.center.shape != center.shape):
         raise ValueError(
             f"the projection head of {found.name} is another one ({_listed(tuple(sorted(wrong)))} differ); choose its out_dim "

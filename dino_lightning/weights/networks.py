@@ -83,9 +83,7 @@ def resnet_name(backbone: nn.Module) -> str | None:
     return _RESNETS.get((blocks, hasattr(backbone.layer1[0], "conv3")))
 
 
-def vit_arguments(
-    weights: Mapping[str, Tensor], facts: Mapping[str, Any], wanted_size: int | Sequence[int] | None
-) -> dict[str, Any]:
+def vit_arguments(weights: Mapping[str, Tensor], facts: Mapping[str, Any], wanted_size: int | Sequence[int] | None) -> dict[str, Any]:
     """Arguments of the VisionTransformer of these weights; num_heads is None where nothing tells."""
     projection, registers = weights["patch_embed.proj.weight"], weights.get("register_tokens")
     width, in_chans, patch_size = projection.shape[:3]
@@ -125,9 +123,7 @@ def _depth(weights: Mapping[str, Tensor]) -> int:
     return sum(name.startswith("blocks.") and name.endswith(".norm1.weight") for name in weights)
 
 
-def _sides(
-    patches: int, patch_size: int, known: int | Sequence[int] | None, wanted: int | Sequence[int] | None
-) -> tuple[int, int]:
+def _sides(patches: int, patch_size: int, known: int | Sequence[int] | None, wanted: int | Sequence[int] | None) -> tuple[int, int]:
     """(H, W) in pixels of the positions' grid: what is known, else a square, else what is wanted."""
     side = math.isqrt(patches) * patch_size
     for size in (known, side, wanted):

@@ -34,9 +34,7 @@ def fetch(name: str) -> Path:
         try:
             torch.hub.download_url_to_file(address, str(path))  # to a file beside it first, so that it is whole or not there
         except (urllib.error.URLError, OSError) as error:
-            raise ConnectionError(
-                f"cannot download {address} ({error}); on a machine without network, put this file to {path}"
-            ) from error
+            raise ConnectionError(f"cannot download {address} ({error}); on a machine without network, put this file to {path}") from error
     record = _record(path)
     if record.exists() and record.read_text().strip() != _sha256(path):
         raise ValueError(

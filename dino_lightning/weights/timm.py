@@ -48,12 +48,12 @@ def write_timm(package: Package, folder: Path) -> str:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = {name: value.contiguous() for name, value in weights.items() if not name.endswith("num_batches_tracked")}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return f'''import timm
+    return f"""import timm
 import torch
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 images = torch.rand({package.batch})  # yours, normalised as said above
-features = model(images)'''
+features = model(images)"""
 
 
 def _vit(vit: VisionTransformer) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
