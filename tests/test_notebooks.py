@@ -1,8 +1,6 @@
-"""The notebooks run from top to bottom, and what they show is learned and not collapsed."""
+"""The notebooks run from top to bottom, and show what they say."""
 
 import json
-import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
 def test_notebooks_say_how_to_open_them_and_hold_no_outputs():
+    assert len(NOTEBOOKS) >= 6
     for notebook in NOTEBOOKS:
         cells = json.loads(notebook.read_text())["cells"]
         assert f"jupyter lab notebooks/{notebook.name}" in "".join(cells[0]["source"])
@@ -22,11 +21,9 @@ def test_notebooks_say_how_to_open_them_and_hold_no_outputs():
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(notebook, tmp_path):
+    """From top to bottom; each asserts what it shows."""
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "assert " in code
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    entropy, uniform = map(float, re.search(r"entropy of the teacher: ([\d.]+), of a uniform answer ([\d.]+)", done.stdout).groups())
-    trained, untrained = map(float, re.search(r"trained, k-NN accuracy: ([\d.]+), untrained ([\d.]+)", done.stdout).groups())
-    assert untrained < 0.65 and trained > untrained + 0.2, "which hue an object has, never named"
-    assert 0.5 < entropy < 0.6 * math.log(256) and uniform == pytest.approx(math.log(256), abs=0.01)

@@ -44,7 +44,7 @@ class CollapseDoctor(Callback):
     Of a method without prototypes it judges what it knows: the features and the loss.
 
     A verdict is given if it holds for three windows and one per cent of the run's steps on end; as a warning, and as
-    ``doctor/NAME`` in the loggers. The README has the table of verdicts.
+    ``doctor/NAME`` in the loggers. ``docs/troubleshooting.md`` has the table of verdicts.
 
     Args:
         stop: end the run at the first verdict on the training (on all ranks, after the same step).
