@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torchmetrics.functional.clustering import normalized_mutual_info_score
 from dino_lightning.evaluation.neighbors import normalized
 
 _LARGE = 50_000  # features beyond which mini-batches do
-_STARTS = 5
+_STARTS: Any = 5  # which scikit-learn leaves without a type
 
 
 def kmeans(features: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -35,8 +36,10 @@ def kmeans(features: Tensor, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
     if not 1 <= k <= len(features):
         raise ValueError(f"k must lie between 1 and the {len(features)} features, got {k}")
-    options = {"n_clusters": k, "n_init": _STARTS, "random_state": seed}
-    algorithm = KMeans(**options) if len(features) <= _LARGE else MiniBatchKMeans(**options, batch_size=max(4096, 16 * k))
+    if len(features) <= _LARGE:
+        algorithm = KMeans(n_clusters=k, n_init=_STARTS, random_state=seed)
+    else:
+        algorithm = MiniBatchKMeans(n_clusters=k, n_init=_STARTS, random_state=seed, batch_size=max(4096, 16 * k))
     fitted = algorithm.fit(normalized(features).cpu().numpy())
     clusters = torch.from_numpy(fitted.labels_).long()
     by_size = clusters.bincount(minlength=k).argsort(descending=True, stable=True)

@@ -8,7 +8,7 @@ and what an allocator wastes, is in none of it.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -34,7 +34,7 @@ class ViT(NamedTuple):
 
     @classmethod
     def of(cls, network: VisionTransformer) -> "ViT":
-        block = network.blocks[0]
+        block: Any = network.blocks[0]  # a module's attributes have no types
         gated = hasattr(block.mlp, "w3")
         return cls(
             network.embed_dim,

@@ -21,6 +21,10 @@ class FeatureMetrics(Metric):
     """
 
     full_state_update = False
+    bank: list[Tensor]
+    bank_labels: list[Tensor]
+    queries: list[Tensor]
+    query_labels: list[Tensor]
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
         super().__init__()

@@ -63,7 +63,7 @@ def low_shot(
     """
     check_shots(shots, draws)
     mean = bank.float().mean(dim=0)
-    squares = sum((some.float() - mean).square().sum() for some in bank.split(_ROWS))
+    squares = torch.stack([(some.float() - mean).square().sum() for some in bank.split(_ROWS)]).sum()
     scale = (squares / len(bank)).sqrt().clamp(min=1e-12)
 
     def points(features: Tensor) -> Tensor:

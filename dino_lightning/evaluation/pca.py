@@ -1,6 +1,7 @@
 """Principal components of patch features as colours: places with similar features look similar, in all images."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def pca_rgb(features: Sequence[Tensor]) -> list[Tensor]:
     if not len(features):
         raise ValueError("there are no features to find principal components of; give those of at least one image")
     count = sum(image[0].numel() for image in features)
-    mean = sum(image.float().sum(dim=(1, 2)) for image in features) / count
+    mean = reduce(torch.add, (image.float().sum(dim=(1, 2)) for image in features)) / count
     axes = _axes(features, mean, count)
     components = [torch.einsum("dhw,dc->hwc", image.float() - mean[:, None, None], axes) for image in features]
     values = torch.cat([image.flatten(0, 1) for image in components])
@@ -56,7 +57,7 @@ def _axes(features: Sequence[Tensor], mean: Tensor, count: int) -> Tensor:
         axes = together @ _leading(together.T @ together)  # the smaller problem with the same variances
         axes = axes / axes.norm(dim=0).clamp(min=1e-12)
     else:
-        axes = _leading(sum(patches @ patches.T for patches in centered))
+        axes = _leading(reduce(torch.add, (patches @ patches.T for patches in centered)))
     return torch.nn.functional.pad(axes, (0, _COMPONENTS - axes.shape[1]))
 
 

@@ -52,7 +52,7 @@ class LinearSegmenter(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Conv2d(width, classes, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        nn.init.zeros_(self.head.bias)  # pyright: ignore[reportArgumentType]  it has one
 
     def forward(self, patches: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, D, h, w) → logits (B, C, H, W) of this size in pixels."""

@@ -1,6 +1,7 @@
 """What a backbone makes of each place of an image: features on a grid, and maps of how much the places matter."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ def side_multiple(backbone: nn.Module) -> int:
     return backbone.patch_size if isinstance(backbone, VisionTransformer) else _CNN_STRIDE
 
 
-def _distortion(grid: tuple[int, int], size: tuple[int, int]) -> float:
+def _distortion(grid: Sequence[int], size: Sequence[int]) -> float:
     """How much longer a grid's steps over an image are one way than the other; infinite where it cannot be a grid over it."""
     steps = [pixels / positions for pixels, positions in zip(size, grid)]
     return max(steps) / min(steps) if grid[0] * grid[1] > 1 and min(steps) >= 1 else math.inf

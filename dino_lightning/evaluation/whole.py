@@ -32,7 +32,7 @@ def thumbnail(pixels: np.ndarray, longest: int) -> Tensor:
 
 def squeezed(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
     """An image (H, W, C) of uint8 → (C, h, w), whatever its shape was, by Pillow's bicubic filter."""
-    return _by_pillow(pixels, lambda image: image.resize(size[::-1], Image.Resampling.BICUBIC))
+    return _by_pillow(pixels, lambda image: image.resize((size[1], size[0]), Image.Resampling.BICUBIC))
 
 
 def _by_pillow(pixels: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> Tensor:
@@ -55,7 +55,7 @@ def whole_features(backbone: nn.Module, images: Tensor, scales: Sequence[float] 
         pooling: the backbone's features (of a ViT the class token), the generalised mean (p = 4) of its patch features, or one beside the other.
     """
     multiple = backbone.patch_size if isinstance(backbone, VisionTransformer) else 1
-    total: Tensor | float = 0.0
+    total: Tensor | None = None
     for scale in scales:
         scaled = images if scale == 1 else F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         height, width = (max(multiple, side // multiple * multiple) for side in scaled.shape[-2:])
@@ -65,5 +65,8 @@ def whole_features(backbone: nn.Module, images: Tensor, scales: Sequence[float] 
         parts = [features_at(backbone, scaled).float()] if pooling.startswith("cls") else []
         if pooling.endswith("gem"):
             parts.append(gem(spatial_features(backbone, scaled)))
-        total = total + torch.cat(parts, dim=1)
+        found = torch.cat(parts, dim=1)
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError("give at least one scale")
     return total / len(scales)

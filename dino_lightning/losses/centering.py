@@ -16,6 +16,8 @@ class Centering(nn.Module):
         center: (1, K) buffer, the running mean of the logits.
     """
 
+    center: Tensor
+
     def __init__(self, out_dim: int, momentum: float = 0.9) -> None:
         super().__init__()
         if not 0 <= momentum <= 1:

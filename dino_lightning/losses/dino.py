@@ -23,6 +23,8 @@ class DINOLoss(nn.Module):
             The loss is this entropy plus the mean KL divergence from teacher to student.
     """
 
+    center: Tensor
+
     def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
         super().__init__()
         if student_temp <= 0:
@@ -52,7 +54,8 @@ class DINOLoss(nn.Module):
         with torch.no_grad():
             p, entropies = self._targets(teacher_logits, teacher_temp)  # (2·B, K), (2·B,)
             self.teacher_entropy = entropies.mean()
-        loss = sum(dino_terms(student_logits, p, self.student_temp))
+        of_global, of_local = dino_terms(student_logits, p, self.student_temp)
+        loss = of_global + of_local
         if self.training:
             self._record(teacher_logits, loss.detach())
         return loss

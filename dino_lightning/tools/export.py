@@ -68,17 +68,24 @@ def _card(checkpoint: str, package: Package, network: str, module: Method) -> st
         shape = f"ViT, width {backbone.embed_dim}, {len(backbone.blocks)} blocks, {heads} heads, patches of {backbone.patch_size} pixels"
     else:
         shape = type(backbone).__name__
+    which = f", the {network}" if hasattr(module, network) else ""
     rows = {
         "architecture": f"{shape}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} million parameters",
         "images": f"{size} pixels, {package.in_chans} channels in [0, 1], minus {package.mean}, divided by {package.std}",
-        "trained": f"{module.title} (self-supervised, without labels), the {network}" if ours else f"elsewhere: {checkpoint}",
+        "trained": f"{module.title} (self-supervised, without labels){which}" if ours else f"elsewhere: {checkpoint}",
         **_crops(module),
         **(_history(checkpoint, config) if ours else {}),
         "exported by": f"dino_lightning {dino_lightning.__version__}, torch {torch.__version__}",
         "command": f"`{' '.join(['dino-lightning', *sys.argv[1:]])}`",
     }
     return "\n".join(
-        [f"# A backbone trained with {module.title}\n", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items()), ""]
+        [
+            f"# A backbone{f' trained with {module.title}' if ours else ''}\n",
+            "| | |",
+            "|---|---|",
+            *(f"| {k} | {v} |" for k, v in rows.items()),
+            "",
+        ]
     )
 
 
