@@ -81,7 +81,8 @@ def contour_accuracy(found: np.ndarray, truth: np.ndarray, tolerance: float = 0.
     """F: harmonic mean of the shares of one mask's contour that lie near the other's (Perazzi et al. 2016).
 
     Args:
-        found, truth: masks (H, W).
+        found: mask (H, W).
+        truth: likewise.
         tolerance: what is near, in shares of the diagonal, rounded up to pixels.
     """
     radius = math.ceil(tolerance * math.hypot(*truth.shape))
