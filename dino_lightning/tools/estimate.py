@@ -68,7 +68,7 @@ def estimate(
         images: of an epoch; by default those of data.root or data.dataset, if the options have one.
         mfu: share of the GPU's peak that the operations reach: an assumption. A run logs its own as train/mfu (which counts the branches
             that DINOv2's stochastic depth leaves out, too).
-        worker_ms: milliseconds that a worker takes for the views of an image: 4.4 is what the README measured of a photograph of
+        worker_ms: milliseconds that a worker takes for the views of an image: 4.4 is what was measured of a photograph of
             400×533 on one core.
         link_gbps: 10⁹ bits a second that a GPU sends to the next one; by default NVLink or PCIe within 8 GPUs, 400 beyond them (InfiniBand).
 
