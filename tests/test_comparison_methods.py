@@ -115,6 +115,9 @@ def test_masked_pixels_are_those_of_lightly_and_normalised():
     torch.testing.assert_close(MaskedPixelsLoss(False)(patches + noise, images, masks), noise[masks].square().mean())
     with pytest.raises(ValueError, match="do not fit"):
         MaskedPixelsLoss()(predictions, images, masks[:, :5])
+    for shape, size in (((2, 1, 12), (4, 4)), ((2, 4, 12), (8, 8)), ((2, 4, 12), (5, 5))):  # fewer patches than the image has; none fit
+        with pytest.raises(ValueError, match="do not fit"):
+            MaskedPixelsLoss()(torch.rand(shape), torch.rand(2, 3, *size), torch.ones(shape[:2], dtype=torch.bool))
 
 
 def test_the_encoder_of_mae_sees_what_is_kept():

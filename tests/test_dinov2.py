@@ -341,3 +341,12 @@ def test_adopting_a_checkpoint_of_the_reference_says_why_not(tmp_path):
     torch.save({"model": {"student.backbone._flat_param": torch.zeros(4)}, "optimizer": {"state": {}}, "iteration": 7}, tmp_path / "m.pth")
     with pytest.raises(ValueError, match=r"DINOv2.*shards.*teacher_checkpoint.pth.* behind --model.weights"):
         main(["adopt", "--checkpoint", str(tmp_path / "m.pth")])
+
+
+def test_a_checkpoint_of_an_object_says_that_it_must_be_given_again(tmp_path):
+    module = DINOv2Module(VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, mask_token=True), layer_scale=None,
+                          img_size=32, out_dim=8, hidden_dim=8, bottleneck_dim=8)  # fmt: skip
+    options = {**module.hparams}
+    assert options["backbone"].startswith("object:")
+    with pytest.raises(ValueError, match="does not hold; pass it: DINOv2Module.load_from_checkpoint"):
+        DINOv2Module(**options)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import two_colours
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from dino_lightning import BYOLModule, DINOLoss, DINOModule, MoCoV3Module, SimCLRModule, VisionTransformer, recipes
-from dino_lightning.callbacks import CollapseDoctor
+from dino_lightning import BYOLModule, DINOLoss, DINOModule, MoCoV3Module, MultiCropDataModule, SimCLRModule, VisionTransformer, recipes
+from dino_lightning.callbacks import CollapseDoctor, OnlineKNN
 from dino_lightning.cli import main
 from dino_lightning.evaluation.collapse import Signs, diagnose, is_stuck, off_the_curve, too_many_prototypes
 from dino_lightning.evaluation.spread import feature_std, participation_ratio, rank_me, view_agreement
@@ -236,3 +237,21 @@ def test_broken_runs_are_named_rightly_within_200_steps(broken, verdict, tmp_pat
     with open(next(tmp_path.glob("**/metrics.csv"))) as file:
         named = [key for key in next(csv.reader(file)) if key.startswith("doctor/")]
     assert named == ([f"doctor/{verdict}"] if verdict else []) and len(told) == len(named), told
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_validation_of_other_images_is_not_judged(judged, tmp_path, caplog):
+    """What k-NN found before the first step was of the run's images: only a run's own validations are compared with that."""
+
+    class Better(OnlineKNN):
+        before = property(lambda self: 2.0, lambda self, value: None)  # than any validation
+
+    data = MultiCropDataModule(two_colours(tmp_path / "images"), batch_size=4, num_workers=0, global_crops_size=32, local_crops_number=0)
+    module = DINOModule("shufflenet_v2_x0_5", img_size=32, out_dim=8, hidden_dim=8, warmup_epochs=0)
+    module.started_from = "published.pth"
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[Better(), CollapseDoctor()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data) if judged else trainer.validate(module, data, verbose=False)
+    assert ("forgetting" in caplog.text) == judged

@@ -197,7 +197,7 @@ def test_sets_of_known_layouts(checkpoints, tmp_path, capsys):
     (davis / "ImageSets" / "2017" / "val.txt").write_text("cow\n")
     capsys.readouterr()
     found = evaluate(checkpoints[0], str(davis), output=str(tmp_path / "two"), compare=False)
-    assert "followed: not measured: " in capsys.readouterr().out and set(found) == {"effective rank", "spread"}
+    assert "tracking: not measured: " in capsys.readouterr().out and set(found) == {"effective rank", "spread"}
     text = (tmp_path / "two" / "index.html").read_text()
     assert "Not measured: " in text and "Where do the images lie?" in text
 

@@ -132,3 +132,14 @@ def test_without_classes_it_says_what_is_missing(tmp_path):
         run(tmp_path, OnlineProbe())
     with pytest.raises(ValueError, match="lr must be positive, got 0"):
         OnlineProbe(lr=0)
+
+
+def test_a_validation_without_queries_has_no_accuracy(folder):
+    """A single loader, whose batches are of a bank."""
+
+    class One(Callback):
+        def on_fit_start(self, trainer, module):
+            self.loaders = trainer.datamodule.val_dataloader
+            trainer.datamodule.val_dataloader = lambda: self.loaders()[0]
+
+    assert not any(name.startswith("val/probe") for name in run(folder, One(), OnlineProbe())["metrics"])

@@ -303,7 +303,7 @@ def test_knn_equals_the_reference(golden, k):
 
 
 def test_redrawn_is_the_network_before_training(caplog):
-    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, layer_scale=0.01)
     for parameter in vit.parameters():
         nn.init.constant_(parameter, 7.0)
     state = torch.get_rng_state()
@@ -312,7 +312,7 @@ def test_redrawn_is_the_network_before_training(caplog):
     assert not any((parameter == 7).any() for parameter in fresh.parameters())
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), redrawn(vit).parameters()))
     assert fresh.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert not caplog.records
+    assert not caplog.records and (fresh.blocks[1].ls2.gamma == 0.01).all()
     redrawn(nn.ModuleDict({"layer": nn.Linear(2, 2), "attention": nn.MultiheadAttention(4, 2)}))
     assert "attention.in_proj_weight" in caplog.text and "layer.weight" not in caplog.text
 
@@ -363,3 +363,11 @@ def test_the_last_block_for_the_class_token_alone_trains_alike():
         results.append([features, *torch.autograd.grad(features.square().sum(), list(vit.parameters()))])
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_options_that_a_part_cannot_follow_are_refused():
+    for options in ({"ffn": "swiglu"}, {"layer_scale": 1e-5}):
+        with pytest.raises(ValueError, match=f"resnet18 takes no {next(iter(options))}=.*: only a VisionTransformer has this"):
+            build("resnet18", **options)
+    with pytest.raises(ValueError, match="bottleneck_dim must be at least 1, got 0"):
+        DINOHead(8, 4, bottleneck_dim=0)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from dino_lightning import DINOHead, DINOModule, VisionTransformer
+from dino_lightning import DINOHead, DINOModule, SimCLRModule, VisionTransformer
 from dino_lightning.callbacks import Throughput
 from dino_lightning.callbacks.throughput import peak_of
 from dino_lightning.evaluation.flops import flops_per_image
@@ -27,6 +27,12 @@ def test_operations_of_vit_small_as_counted_by_hand():
     expected = 113.4e9 - 3 * (2 * saved[0] + 8 * saved[1]) - 2 * saved[0]
     assert flops_per_image(student, teacher, views) == pytest.approx(expected, rel=0.005)
     assert student.training and not teacher.training
+
+
+def test_local_views_that_simclr_leaves_out_are_no_operations():
+    module = SimCLRModule("shufflenet_v2_x0_5", img_size=32, hidden_dim=8, projection_dim=8)
+    views = [torch.rand(1, 3, 32, 32)] * 2
+    assert module.flops_per_image([*views, torch.rand(1, 3, 16, 16)]) == module.flops_per_image(views) > 0
 
 
 def test_mfu_is_of_our_table(caplog):

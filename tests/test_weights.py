@@ -315,6 +315,11 @@ def test_a_module_refuses_what_does_not_fit(tiny, options, message):
         module(weights=tiny[1], **options)
 
 
+def test_a_head_of_no_weights_is_refused():
+    with pytest.raises(ValueError, match="weights_with_head takes the head of weights, and there are none"):
+        module(weights_with_head=True)
+
+
 def test_nothing_in_common_is_an_error(tiny):
     with pytest.raises(ValueError, match="nothing in .*tiny.pth matches the backbone: it has cls_token"):
         DINOModule("resnet18", out_dim=32, weights=tiny[1])

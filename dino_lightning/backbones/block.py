@@ -56,9 +56,8 @@ class Block(nn.Module):
             kept, factor = (torch.rand(len(x)) >= self.drop_path).nonzero()[:, 0], 1 / (1 - self.drop_path)
         else:
             return first + self._drop(branch(x))
-        return first.index_add(
-            0, kept, branch(x.index_select(0, kept)).to(x.dtype), alpha=factor
-        )  # autocast gives branches of lower precision
+        found = branch(x.index_select(0, kept)).to(x.dtype)  # autocast gives branches of lower precision
+        return first.index_add(0, kept, found, alpha=factor)
 
     def _drop(self, branch: Tensor) -> Tensor:
         keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
@@ -66,7 +65,7 @@ class Block(nn.Module):
 
 
 def drop_path_subset(batch: int, rate: float) -> tuple[int, float]:
-    """How many samples of a batch DINOv2 keeps in a branch at a drop rate, at least one, and the factor that keeps the mean (Oquab et al. 2023)."""
+    """How many samples of a batch a branch keeps at a drop rate, at least one, and the factor that keeps the mean (Oquab et al. 2023)."""
     kept = max(int(batch * (1 - rate)), 1)
     return kept, batch / kept
 

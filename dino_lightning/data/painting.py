@@ -113,9 +113,8 @@ def _kernels(device: torch.device) -> Callable[[Tensor, np.ndarray, Sequence[flo
     try:  # whatever keeps a compiler from its work: no Triton, no C compiler, no room for its cache, a driver that is too old
         from dino_lightning.data.painting_triton import paint as kernels
 
-        same = torch.allclose(
-            kernels(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), _paint_at_once(crops, recipe, IMAGENET_MEAN, IMAGENET_STD), atol=1e-4
-        )  # a level is 0.017
+        painted, expected = (way(crops, recipe, IMAGENET_MEAN, IMAGENET_STD) for way in (kernels, _paint_at_once))
+        same = torch.allclose(painted, expected, atol=1e-4)  # a level is 0.017
         reason = "" if same else "their levels differ from PIL's"
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

@@ -88,9 +88,8 @@ class Shards(Dataset):
             return self._stream[index]
 
     def _open(self) -> Any:
-        return import_litdata().StreamingDataset(
-            self.root, shuffle=False, batch_decode=0, **self._options
-        )  # by windows it would read 256 for each one
+        # Decoded by windows, it would read 256 samples for each one.
+        return import_litdata().StreamingDataset(self.root, shuffle=False, batch_decode=0, **self._options)
 
     def _index(self) -> dict[str, Any]:
         """Of litdata, with ours, both checked."""

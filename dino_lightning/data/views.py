@@ -59,7 +59,8 @@ def _line(source: Dataset, index: int, error: Exception) -> str:
 class TrainingViews(Dataset):
     """(epoch, index) → crops, recipe, label and unreadable images, as a function of (seed, epoch, index) alone.
 
-    Large JPEGs are read reduced if ``scaled_decoding`` (``MultiCrop.reduction``). An image that cannot be read is replaced by another one of the source, always the same for (seed, epoch, index).
+    Large JPEGs are read reduced if ``scaled_decoding`` (``MultiCrop.reduction``). An image that cannot be read is replaced by another one
+    of the source, always the same for (seed, epoch, index).
     """
 
     def __init__(self, source: Dataset, multicrop: MultiCrop, in_chans: int, seed: int, scaled_decoding: bool) -> None:

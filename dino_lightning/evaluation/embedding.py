@@ -40,6 +40,5 @@ def plane_umap(features: Tensor, seed: int = 0) -> Tensor:
     from umap import UMAP
 
     points = normalized(features).cpu().numpy()
-    return torch.from_numpy(
-        UMAP(metric="cosine", random_state=seed, n_jobs=1, n_neighbors=min(15, len(points) - 1)).fit_transform(points)
-    ).float()
+    layout = UMAP(metric="cosine", random_state=seed, n_jobs=1, n_neighbors=min(15, len(points) - 1))
+    return torch.from_numpy(layout.fit_transform(points)).float()

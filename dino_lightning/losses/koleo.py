@@ -1,4 +1,4 @@
-"""KoLeo: the features of a batch keep away from each other, by Kozachenko and Leonenko's estimate of their entropy (Sablayrolles et al. 2019)."""
+"""KoLeo: the features of a batch keep apart, by Kozachenko and Leonenko's estimate of their entropy (Sablayrolles et al. 2019)."""
 
 import torch
 import torch.nn.functional as F

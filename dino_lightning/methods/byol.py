@@ -19,8 +19,9 @@ from dino_lightning.weights.load import start_from
 class BYOLModule(Method):
     """Bootstrapping: from one view the student predicts the teacher's projection of the other.
 
-    Trains on the two global views (any batch of ``DINOModule``; local ones are left out). Defaults are those of the
-    authors' code for 100 epochs of a ResNet-50 (for 300 epochs they take an lr of 0.3). ``MultiCropDataModule(root, **BYOLModule.data)`` cuts views as the paper does.
+    Trains on the two global views (any batch of ``DINOModule``; local ones are left out). Defaults are those of the authors' code for 100
+    epochs of a ResNet-50 (for 300 epochs they take an lr of 0.3). ``MultiCropDataModule(root, **BYOLModule.data)`` cuts views as the
+    paper does.
 
     Args:
         backbone: any backbone of ``DINOModule``: a name, or a module that maps images (B, C, H, W) to features (B, D).

@@ -139,9 +139,8 @@ def _costs(module: Method, views: Sequence[torch.Tensor], batch: int, dtype: tor
         flops = sum(of.teacher * head.flops() + 3 * of.student * head.flops() for of, head in zip(rows, heads))
         for size, count, all_tokens in groups:
             tokens, kept = vit.tokens(*size), _kept(backbone, count * batch)
-            flops += (
-                (4 if vit.recomputed else 3) * count * vit.flops(tokens, all_tokens, kept)
-            )  # forward, backward, and what is computed anew
+            passes = 4 if vit.recomputed else 3  # forward, backward, and what is computed anew
+            flops += passes * count * vit.flops(tokens, all_tokens, kept)
             activations += count * vit.activations(tokens, width, all_tokens, kept)
         flops += 2 * vit.flops(vit.tokens(*groups[0][0]), masks)
     else:

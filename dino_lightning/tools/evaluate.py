@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,12 +26,22 @@ from dino_lightning.tools.segment import holds_masks
 from dino_lightning.tools.track import holds_davis
 
 _COLUMNS = (RAW, UNTRAINED, TRAINED)
-# Sets of a known layout, where their images lie, and what is measured.
+
+
+class _Set(NamedTuple):
+    """Of a known layout: whether a root holds it, the folders of which one has its images, and what is measured."""
+
+    name: str
+    holds: Callable[[Path], bool]
+    images: Sequence[str]
+    measure: Callable[[Subject, str], Part]
+
+
 _SETS = (
-    (holds_buildings, ("jpg",), parts.buildings),
-    (holds_originals, ("original",), parts.copied),
-    (holds_davis, ("JPEGImages",), parts.followed),
-    (holds_masks, ("JPEGImages", "images"), parts.told_apart),
+    _Set("retrieval", holds_buildings, ("jpg",), parts.buildings),
+    _Set("copies", holds_originals, ("original",), parts.copied),
+    _Set("tracking", holds_davis, ("JPEGImages",), parts.followed),
+    _Set("segmentation", holds_masks, ("JPEGImages", "images"), parts.told_apart),
 )
 
 
@@ -94,12 +104,13 @@ def evaluate(
     module = load_module(checkpoint)
     shown = images_of(module, image_size, mean, std)
     subject = Subject(checkpoint, module, shown, image_size, {"mean": mean, "std": std}, compare)
-    bank_folder, query_folder = _folders(Path(root), queries, shown.in_chans)
+    known = _set_of(Path(root))
+    bank_folder, query_folder = _folders(Path(root), known, queries, shown.in_chans)
     if not isinstance(bank_folder, ImageFolder):
         raise ValueError(
             f"{root} holds shards; evaluate draws pictures, and needs the folder of images that they were made of (knn and linear take them)"
         )
-    labelled = bank_folder.classes is not None and (query_folder is not None or not _set_of(Path(root)))
+    labelled = bank_folder.classes is not None and known is None  # folders of films and splits are no classes
 
     def seen(source: ImageFolder) -> Seen:
         return see(subject, source, labelled, batch_size, num_workers, f"features of {Path(source.root).name}")
@@ -112,7 +123,7 @@ def evaluate(
     print(f"{'in per cent, ranks as they are':56}" + "".join(f"{name:>16}" for name in columns))
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Part] = []
-    for title, make in _parts(subject, root, queries, bank, asked, shots, draws, k, num_workers, seed):
+    for title, make in _parts(subject, root, known, queries, bank, asked, shots, draws, k, num_workers, seed):
         try:
             part = make()
         except Exception as error:
@@ -131,8 +142,8 @@ def evaluate(
 
 
 def _parts(
-    subject: Subject, root: str, queries: str | None, bank: Seen, asked: Seen | None, shots: Sequence[float], draws: int, k: int,
-    num_workers: int, seed: int,
+    subject: Subject, root: str, known: _Set | None, queries: str | None, bank: Seen, asked: Seen | None, shots: Sequence[float], draws: int,
+    k: int, num_workers: int, seed: int,
 ) -> Iterator[tuple[str, Callable[[], Part | None]]]:  # fmt: skip
     """Those that apply, by a name for the case that they fail, in the order in which they are shown."""
     yield "the run", lambda: parts.course(subject)
@@ -143,8 +154,8 @@ def _parts(
         yield "linear", lambda: parts.separable(subject, root, queries, num_workers, seed)
     elif bank.classes:
         yield "nearest", lambda: parts.nearest_of_class(bank)
-    if known := _set_of(Path(root)):
-        yield known[2].__name__, lambda: known[2](subject, root)
+    if known:
+        yield known.name, lambda: known.measure(subject, root)
     shown = asked or bank
     yield "attention", lambda: parts.looks(shown, subject)
     yield "neighbours", lambda: parts.alike(bank, shown, subject)
@@ -153,17 +164,17 @@ def _parts(
     yield "map", lambda: parts.mapped(shown, subject, seed)
 
 
-def _set_of(root: Path) -> tuple | None:
+def _set_of(root: Path) -> _Set | None:
     """Which set of a known layout it is, if it has no train/."""
-    return None if is_address(root) or (root / "train").is_dir() else next((known for known in _SETS if known[0](root)), None)
+    return None if is_address(root) or (root / "train").is_dir() else next((known for known in _SETS if known.holds(root)), None)
 
 
-def _folders(root: Path, queries: str | None, in_chans: int) -> tuple[Any, Any]:
+def _folders(root: Path, known: _Set | None, queries: str | None, in_chans: int) -> tuple[Any, Any]:
     """Images, and queries if there are any with the same classes."""
-    if known := _set_of(root):
-        below = next((root / name for name in known[1] if (root / name).is_dir()), None)
+    if known:
+        below = next((root / name for name in known.images if (root / name).is_dir()), None)
         if below is None:
-            raise FileNotFoundError(f"{root} has the lists of a set, but not its images: there is no {' or '.join(known[1])}/")
+            raise FileNotFoundError(f"{root} has the lists of a set, but not its images: there is no {' or '.join(known.images)}/")
         return ImageFolder(below, in_chans), None
     train, found = find_splits(root)
     images = open_images(train, in_chans)

@@ -103,8 +103,8 @@ def neighbours_vote(bank: Seen, queries: Seen, subject: Subject, k: int) -> Part
     always = (queries.labels == frequent).float().mean().item()
     return Part(
         "Do the nearest have the same class?",
-        f"Each query's class is voted for by its {k} nearest images of train/. Always answering {bank.classes[frequent]}, the most frequent class of "
-        f"train/, would be right for {100 * always:.1f} % of the queries.",
+        f"Each query's class is voted for by its {k} nearest images of train/. Always answering {bank.classes[frequent]}, the most "
+        f"frequent class of train/, would be right for {100 * always:.1f} % of the queries.",
         measures,
     )
 
@@ -267,7 +267,9 @@ def followed(subject: Subject, root: str) -> Part:
     scores = {"J": 0, "F": 1}
     measures = [Measure(f"tracking, {name}", {network: values[i] for network, values in found.items()}) for name, i in scores.items()]
     measures.append(Measure("tracking, J&F", {network: sum(values) / 2 for network, values in found.items()}))
-    about = "Objects of a film's first frame, followed by features of places, at 480 pixels (dino-lightning track): J, their region, and F, their contour."
+    about = (
+        "Objects of a film's first frame, followed by features of places, at 480 pixels (dino-lightning track): J, region, and F, contour."
+    )
     return Part("Can objects be followed?", about, measures)
 
 

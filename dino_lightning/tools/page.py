@@ -116,7 +116,8 @@ def lines(drawn: Sequence[Line], what: str, percent: bool = True) -> str:
             x, at = place(*line.points[0])
             parts.append(f'<circle cx="{x}" cy="{at}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{right + 6}" y="{y + 4}" fill="{colour}">{html.escape(line.name)}</text>')
-    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="currentColor" role="img" aria-label="{html.escape(what)}">{"".join(parts)}</svg>'
+    drawn_as = f'viewBox="0 0 {_WIDTH} {_HEIGHT}" font-size="12" fill="currentColor" role="img" aria-label="{html.escape(what)}"'
+    return f"<svg {drawn_as}>{''.join(parts)}</svg>"
 
 
 def _number(value: float) -> str:

@@ -67,8 +67,9 @@ def see(subject: Subject, source: ImageFolder, labelled: bool, batch_size: int, 
     def keep(images: Tensor) -> Tensor:
         for name, network in networks.items():
             features = network(images).float().cpu()  # those of a million images would fill a GPU
-            held = found.setdefault(name, torch.empty(len(source), features.shape[1]))
-            held[len(paths) : len(paths) + len(features)] = features
+            if name not in found:
+                found[name] = torch.empty(len(source), features.shape[1])
+            found[name][len(paths) : len(paths) + len(features)] = features
         return images
 
     with tqdm(total=len(source), desc=progress, leave=False) as bar:
