@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_lightning.callbacks.run_config import RunConfig
 from dino_lightning.door.commands import said
@@ -52,6 +52,11 @@ def restartable(args: Sequence[str]) -> list[str]:
     given = said(args)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0" or given.get("ckpt_path") != "last":
         return list(args)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        rank_zero_warn(
+            "torchrun keeps the addresses of the ranks that ended, and those that it starts again may call them instead of each other "
+            "(pytorch issue 135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
     try:
         find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
     except FileNotFoundError:

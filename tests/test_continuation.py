@@ -1,5 +1,7 @@
 """What a command goes on with, found where a user says it is."""
 
+import warnings
+
 import pytest
 from jsonargparse import Namespace
 
@@ -42,3 +44,14 @@ def test_a_resumed_csv_log_keeps_its_options(tmp_path):
 
 def test_texts_that_are_no_yaml_stay_texts():
     assert Choices({"data.root": "[2023] trip", "data.batch_size": "32"}).said == {"data.root": "[2023] trip", "data.batch_size": 32}
+
+
+@pytest.mark.parametrize("shared", ["True", "False"])
+def test_a_store_that_outlives_its_ranks_is_told(shared, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    args = ["fit", "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", "last"]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert continuation.restartable(args) == [*args, "--ckpt_path", "null"]
+    assert any("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message) for warning in told) == (shared == "True")

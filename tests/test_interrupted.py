@@ -110,12 +110,17 @@ def test_a_signal_to_one_of_two_ranks_stops_both_behind_the_same_step(folder):
     for machine in machines:
         finish(machine)
     elastic = ("--max_restarts=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29535", "--nproc_per_node=2", "-m", "dino_lightning")
-    killed = start("killed", *two, "--ckpt_path", "last", launcher=(*torchrun[:3], *elastic))
+    killed = start("killed", *two, "--ckpt_path", "last", launcher=(*torchrun[:3], *elastic), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     wait_for_checkpoint("killed", killed)
     children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     said = finish(killed)
-    assert "nothing to go on with yet" in said and "another rank of this run has ended" in said and "going on from" in said
+    assert (
+        "issue 135712" not in said
+        and "nothing to go on with yet" in said
+        and "another rank of this run has ended" in said
+        and "going on from" in said
+    )
     for folder in ("stopped", "killed"):
         assert_same_end(folder, "whole")
 
