@@ -12,7 +12,8 @@ from dino_lightning import VisionTransformer
 from dino_lightning.callbacks import CollapseDoctor, Throughput
 from dino_lightning.methods import METHODS, home, method_class
 from dino_lightning.methods.base import Method, plain
-from dino_lightning.methods.networks import Network, split_views
+from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.networks import Network
 from dino_lightning.training.guard import NonFiniteLossError
 
 

@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dino_lightning import DINOModule, VisionTransformer
-from dino_lightning.methods.networks import Network, split_views
+from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.networks import Network
 from dino_lightning.training.guard import NonFiniteLossError
 
 OPTIONS = dict(out_dim=64, hidden_dim=32, bottleneck_dim=16, warmup_epochs=0)

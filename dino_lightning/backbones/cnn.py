@@ -6,6 +6,8 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model_builder, list_models
 
+from dino_lightning.backbones.features import first_convolution
+
 # No CNNs, and most take one input size only; our own and timm's take any.
 _TRANSFORMERS = ("vit_", "swin_", "maxvit")
 
@@ -53,7 +55,7 @@ def _drop_classifier(model: nn.Module) -> None:
 
 
 def _adapt_first_convolution(model: nn.Module, in_chans: int) -> None:
-    name, first = next((name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d))
+    name, first = first_convolution(model)
     parent, _, attribute = name.rpartition(".")
     convolution = nn.Conv2d(
         in_chans,

@@ -1,8 +1,8 @@
 """What a backbone makes of images, found by trying."""
 
 import logging
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ def example_images(backbone: nn.Module, img_size: int | tuple[int, int], in_chan
     sizes = [(img_size, img_size) if isinstance(img_size, int) else tuple(img_size)]
     if isinstance(backbone, VisionTransformer):
         sizes = [tuple(side * backbone.patch_size for side in backbone.grid)]
-    convolution = first_convolution(backbone)
+    _, convolution = first_convolution(backbone)
     channels = convolution.in_channels if convolution is not None else in_chans
     failure = None
     for size in dict.fromkeys([*sizes, (224, 224), (96, 96), (64, 64), (32, 32)]):
@@ -68,15 +68,11 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
         ValueError: if the backbone fails on them, saying what is wrong (channels, dtype, else the size) and the remedy, or if it
             gives something else than (B, D).
     """
-    modes = {module: module.training for module in backbone.modules()}
     try:
-        with eagerly():  # a shape that is not met again
-            features = backbone.eval()(images)
+        with evaluating(backbone), eagerly():  # a shape that is not met again
+            features = backbone(images)
     except Exception as error:
         raise ValueError(_fault(backbone, images, error)) from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
         got = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise ValueError(
@@ -86,20 +82,33 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return features
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within it, all modules of a network are in evaluation mode, a teacher's batch norms too; afterwards each is in its own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def eagerly() -> AbstractContextManager:
     """Within it, what was compiled in place runs as it was before: for shapes that are not worth a compilation of their own."""
     return nullcontext() if torch.compiler.is_compiling() else torch.compiler.set_stance("force_eager")
 
 
-def first_convolution(backbone: nn.Module) -> nn.Conv2d | None:
-    """The first 2-D convolution, whose ``in_channels`` are in most networks the channels of the images; None if there is none."""
-    return next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+def first_convolution(backbone: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    """The first 2-D convolution and its name; its ``in_channels`` are in most networks those of the images. ("", None) without one."""
+    return next(((name, part) for name, part in backbone.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
 
 
 def _fault(backbone: nn.Module, images: torch.Tensor, error: Exception) -> str:
     """What is wrong with images on which the backbone fails, and the remedy."""
     name, channels = type(backbone).__name__, images.shape[1]
-    convolution = first_convolution(backbone)
+    _, convolution = first_convolution(backbone)
     if convolution is not None and convolution.in_channels != channels:
         return (
             f"the images have {channels} channels, the backbone takes {convolution.in_channels}; set in_chans, of the module or of "

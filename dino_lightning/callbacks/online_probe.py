@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from dino_lightning.classifiers.classification import accuracies, linear_head, without_repeats
 from dino_lightning.losses.precision import without_autocast
 from dino_lightning.methods.base import Method
-from dino_lightning.training.plan import count_images
+from dino_lightning.training.plan import images_per_step
 from dino_lightning.training.randomness import seeded
 
 _HOST = torch.device("cpu")
@@ -71,7 +71,7 @@ class OnlineProbe(Callback):
         if self._images is None:  # the first batch; the host waits for no later one
             if labels.max() >= self._classes:
                 raise ValueError(f"a label is {int(labels.max())}, but with num_classes={self._classes} they end before that")
-            self._images = count_images(trainer, first_batch_size=len(labels))
+            self._images = images_per_step(trainer, first_batch_size=len(labels))
         self._labels = labels
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

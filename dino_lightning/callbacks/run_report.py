@@ -15,7 +15,7 @@ from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.run_config import run_folder
 from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.data.roots import split_name
-from dino_lightning.training.plan import count_images, count_steps
+from dino_lightning.training.plan import count_steps, images_per_step
 
 _SKIPPED = 2  # first steps, in which everything is slower
 _SECONDS, _STEPS = 10.0, 50  # on which the estimate rests; fewer where epochs are shorter
@@ -41,7 +41,7 @@ class RunReport(Callback):
             return
         self._described = True
         total, in_epoch = count_steps(trainer)
-        folder, images, device = run_folder(trainer), count_images(trainer, first_batch_size=0), _device(trainer)
+        folder, images, device = run_folder(trainer), images_per_step(trainer, first_batch_size=0), _device(trainer)
         if not trainer.is_global_zero:
             return
         size = sum(parameter.numel() for parameter in pl_module.trained.backbone.parameters()) / 1e6

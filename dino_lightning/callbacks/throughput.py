@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.evaluation.gpus import device_called, dtype_of
-from dino_lightning.methods.networks import split_views
+from dino_lightning.methods.batch import split_views
 
 _SECONDS = 2.0  # between two readings
 

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from dino_lightning.backbones import VisionTransformer, example_images, feature_dim, freeze_unused
 from dino_lightning.classifiers.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
 from dino_lightning.training.optim import is_decayed
-from dino_lightning.training.plan import count_images, count_steps
+from dino_lightning.training.plan import count_steps, images_per_step
 from dino_lightning.training.randomness import seeded
 from dino_lightning.training.schedules import cosine_schedule
 
@@ -105,7 +105,7 @@ class FineTune(LightningModule):
                 f"warmup_epochs={options.warmup_epochs} is {warmup_steps} steps, but the run has only {total_steps}; "
                 "shorten the warm-up or train longer"
             )
-        lr = options.lr * count_images(self.trainer) / 256
+        lr = options.lr * images_per_step(self.trainer) / 256
         groups = layer_groups(self.backbone, self.head, layer_decay=options.layer_decay, weight_decay=options.weight_decay)
         for group in groups:
             group["lr"] = lr * group.pop("lr_scale")

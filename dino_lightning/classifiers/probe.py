@@ -13,7 +13,7 @@ from dino_lightning.backbones import example_images
 from dino_lightning.classifiers.classification import Standing, Standings, accuracies, cross_entropy, linear_head, without_repeats
 from dino_lightning.evaluation.linear import linear_protocol, probe_features
 from dino_lightning.losses.precision import without_autocast
-from dino_lightning.training.plan import count_images
+from dino_lightning.training.plan import images_per_step
 from dino_lightning.training.schedules import cosine_schedule
 
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -126,7 +126,7 @@ class LinearProbe(LightningModule):
         if not epochs or epochs < 1:
             raise ValueError(f"the learning rates fall to 0 over the run; set Trainer(max_epochs=100), got {epochs}")
         self.trainer.fit_loop.setup_data()  # else the loader is not there yet
-        scale = count_images(self.trainer) / 256
+        scale = images_per_step(self.trainer) / 256
         groups = [{"params": list(head.parameters()), "lr": rate * scale} for rate, head in zip(self.rates, self.heads)]
         optimizer = torch.optim.SGD(groups, momentum=0.9)
         schedule = LambdaLR(optimizer, lambda epoch: cosine_schedule(epoch, base_value=1.0, final_value=0.0, total_steps=epochs))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_lightning.backbones.features import eagerly
+from dino_lightning.backbones.features import eagerly, evaluating
 
 
 def flops_per_image(student: nn.Module, teacher: nn.Module, views: Sequence[Tensor]) -> int:
@@ -26,14 +26,7 @@ def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
 
     The network is left in the modes it was in; batch norms take no part.
     """
-    modes = {module: module.training for module in network.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        # Compiled code would not be counted, nor by some versions of torch attention that is fused on a CPU.
-        with eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call()
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    # Compiled code would not be counted, nor by some versions of torch attention that is fused on a CPU.
+    with evaluating(network), eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()

@@ -25,7 +25,8 @@ from dino_lightning.backbones import (
     warn_of_classifier,
 )
 from dino_lightning.evaluation.flops import count_flops
-from dino_lightning.methods.networks import Network, split_views
+from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.networks import Network
 from dino_lightning.training import resume
 from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
 from dino_lightning.training.checks import (
@@ -41,7 +42,7 @@ from dino_lightning.training.checks import (
 from dino_lightning.training.devices import settle
 from dino_lightning.training.guard import NonFiniteGuard
 from dino_lightning.training.optim import build_optimizer, clip_together_, gradient_norms, param_groups
-from dino_lightning.training.plan import Plan, Unsaid, check_length, count_images, count_steps
+from dino_lightning.training.plan import Plan, Unsaid, check_length, count_steps, images_per_step
 from dino_lightning.training.sharding import is_sharded, shard
 from dino_lightning.weights.networks import facts_of
 
@@ -196,9 +197,9 @@ class Method(LightningModule):
         """Floating-point operations of a training step for one image, given its views (1, C, H, W)."""
         return 3 * count_flops(self.trained, lambda: self.trained(views))
 
-    def failure(self, step: int) -> str:
-        """What else to say of a step whose loss was not finite, ending in a comma; may read from the device."""
-        return ""
+    def state_at(self, step: int) -> dict[str, float]:
+        """Numbers of the method, by what they are called, to name where a step's loss was not finite; may read from the device."""
+        return {}
 
     @property
     def plan(self) -> Plan:
@@ -230,7 +231,7 @@ class Method(LightningModule):
             )
         self.images = {"size": list(views[0].shape[-2:]), **_normalization(self.trainer.datamodule)}
         total, in_epoch = count_steps(self.trainer)
-        images = count_images(self.trainer, first_batch_size=len(views[0]))
+        images = images_per_step(self.trainer, first_batch_size=len(views[0]))
         self._plan = self.plan_type.of(self.options, total, in_epoch, self.learning_rate(images))
         self._layout = resume.layout(self.trainer, self._plan, images)
         before, self._resumed = self._resumed, None
@@ -459,10 +460,17 @@ class Method(LightningModule):
     def _report(self, step: int) -> Callable[[], str]:
         """What to say of this step should its loss turn out not to be finite; reads from the device only then."""
         plan = self.plan
-        return lambda: (
-            f"the loss was not finite at step {step} (epoch {plan.epoch(step)}), with {self.failure(step)}learning rate "
-            f"{plan.lr_at(step):.4g}, last finite gradient norm {self._grad_norm.item():.4g}"
-        )
+
+        def report() -> str:
+            numbers = {
+                **self.state_at(step),
+                "learning rate": plan.lr_at(step),
+                "last finite gradient norm": self._grad_norm.item(),
+            }
+            named = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            return f"the loss was not finite at step {step} (epoch {plan.epoch(step)}), with {named}"
+
+        return report
 
 
 def is_object(backbone: str) -> bool:

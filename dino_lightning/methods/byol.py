@@ -10,7 +10,8 @@ from dino_lightning.backbones.projector import projector
 from dino_lightning.evaluation.flops import flops_per_image
 from dino_lightning.losses import BYOLLoss
 from dino_lightning.methods.base import Method, Observed, plain
-from dino_lightning.methods.networks import Network, Teacher, global_views
+from dino_lightning.methods.batch import global_views
+from dino_lightning.methods.networks import Network, Teacher
 from dino_lightning.training.plan import MomentumPlan, Unsaid
 from dino_lightning.training.randomness import seeded
 from dino_lightning.weights.load import start_from

@@ -11,7 +11,8 @@ from dino_lightning.backbones.head import DINOHead
 from dino_lightning.evaluation.flops import flops_per_image
 from dino_lightning.losses.dino import DINOLoss
 from dino_lightning.methods.base import Method, Observed, plain
-from dino_lightning.methods.networks import Network, Teacher, split_views
+from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.networks import Network, Teacher
 from dino_lightning.training.optim import clip_each_
 from dino_lightning.training.plan import MomentumPlan, Unsaid
 from dino_lightning.training.randomness import seeded
@@ -185,6 +186,5 @@ class DINOModule(Method):
         self.loss.train()
         self.loss.reset()
 
-    def failure(self, step: int) -> str:
-        temp = self.plan.teacher_temp_at(step)
-        return f"teacher temperature {temp:.4g}, norm of the centre {self.loss.center.norm().item():.4g}, "
+    def state_at(self, step: int) -> dict[str, float]:
+        return {"teacher temperature": self.plan.teacher_temp_at(step), "norm of the centre": self.loss.center.norm().item()}

@@ -17,7 +17,8 @@ from dino_lightning.data.masking import sample_masks
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.losses import Centering, IBOTLoss, KoLeoLoss, dino_terms, sinkhorn_knopp
 from dino_lightning.methods.base import Method, Observed, is_object, plain
-from dino_lightning.methods.networks import Network, Teacher, split_views
+from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.networks import Network, Teacher
 from dino_lightning.training.late import sent
 from dino_lightning.training.optim import Layered, build_optimizer, clip_together_, layered_param_groups
 from dino_lightning.training.plan import MomentumPlan, Unsaid
@@ -321,9 +322,9 @@ class DINOv2Module(Method):
         student = count_flops(self.student, lambda: _look(self.student, views, rows))
         return 3 * student + count_flops(self.teacher, lambda: _look(self.teacher, views[:2], rows))
 
-    def failure(self, step: int) -> str:
-        norms = "".join(f"norm of {name} {center.center.norm().item():.4g}, " for name, center in self._centers().items())
-        return f"teacher temperature {self.plan.teacher_temp_at(step):.4g}, {norms}"
+    def state_at(self, step: int) -> dict[str, float]:
+        norms = {f"norm of {name}": center.center.norm().item() for name, center in self._centers().items()}
+        return {"teacher temperature": self.plan.teacher_temp_at(step), **norms}
 
     def _centers(self) -> dict[str, Centering]:
         return {name: part for name, part in self.named_children() if isinstance(part, Centering)}

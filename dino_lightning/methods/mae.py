@@ -12,7 +12,8 @@ from dino_lightning.backbones.positions import sincos_positions
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.losses import MaskedPixelsLoss
 from dino_lightning.methods.base import Method, Observed, plain
-from dino_lightning.methods.networks import Network, global_views
+from dino_lightning.methods.batch import global_views
+from dino_lightning.methods.networks import Network
 from dino_lightning.training.late import sent
 from dino_lightning.training.plan import Unsaid
 from dino_lightning.training.randomness import generator, seeded

@@ -10,33 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dino_lightning.backbones.features import eagerly
+from dino_lightning.backbones.features import eagerly, evaluating
 from dino_lightning.training.sharding import local
-
-
-def split_views(batch: Any) -> list[Tensor]:
-    """The views of a training batch: a list of tensors, or (views, anything).
-
-    Raises:
-        TypeError: for anything else.
-        ValueError: if there are fewer than two views, or they are not (B, C, H, W) with one B and C.
-    """
-    is_sequence = isinstance(batch, list | tuple) and len(batch) > 0
-    views = batch[0] if is_sequence and isinstance(batch[0], list | tuple) else batch
-    if not isinstance(views, list | tuple) or not all(isinstance(view, Tensor) for view in views):
-        raise TypeError(
-            "expected a batch that is a list of views (B, C, H, W), or (views, anything), "
-            f"got {type(batch).__name__}" + (f" of {[type(item).__name__ for item in batch]}" if is_sequence else "")
-        )
-    shapes = [tuple(view.shape) for view in views]
-    if len(views) < 2 or any(len(shape) != 4 or shape[:2] != shapes[0][:2] for shape in shapes):
-        raise ValueError(f"expected at least two views (B, C, H, W) with the same B and C, the first two the global crops, got {shapes}")
-    return list(views)
-
-
-def global_views(batch: Any) -> list[Tensor]:
-    """The two global views of a training batch, for methods that have no use for local ones."""
-    return split_views(batch)[:2]
 
 
 class Network(nn.Module):
@@ -77,16 +52,9 @@ class Network(nn.Module):
         return torch.cat(features)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) → features (B, D), with the batch norms' running statistics."""
-        modes = {norm: norm.training for norm in batch_norms(self.backbone)}
-        for norm in modes:
-            norm.training = False
-        try:
-            with eagerly():  # its batches have other shapes, each of which would be compiled
-                return self.backbone(images)
-        finally:
-            for norm, training in modes.items():
-                norm.training = training
+        """Images (B, C, H, W) → features (B, D), in evaluation mode whatever the network's is: of the batch norms' running statistics."""
+        with evaluating(self.backbone), eagerly():  # its batches have other shapes, each of which would be compiled
+            return self.backbone(images)
 
 
 class Teacher(Network):

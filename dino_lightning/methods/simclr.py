@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from dino_lightning.backbones.projector import projector
 from dino_lightning.losses import NTXentLoss
 from dino_lightning.methods.base import Method, Observed, plain
-from dino_lightning.methods.networks import Network, global_views
+from dino_lightning.methods.batch import global_views
+from dino_lightning.methods.networks import Network
 from dino_lightning.training.plan import Unsaid
 from dino_lightning.training.randomness import seeded
 from dino_lightning.weights.load import start_from

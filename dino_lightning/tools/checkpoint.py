@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
+from dino_lightning.backbones.features import first_convolution
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
@@ -55,7 +56,7 @@ def is_ours(checkpoint: str) -> bool:
 
 def _with_backbone(backbone: nn.Module) -> DINOModule:
     size = [side * backbone.patch_size for side in backbone.grid] if isinstance(backbone, VisionTransformer) else (224, 224)
-    in_chans = next(part.in_channels for part in backbone.modules() if isinstance(part, nn.Conv2d))
+    in_chans = first_convolution(backbone)[1].in_channels
     return DINOModule(backbone, img_size=tuple(size), in_chans=in_chans, out_dim=2, hidden_dim=8, bottleneck_dim=8).eval()
 
 

@@ -149,7 +149,7 @@ def count_steps(trainer: Trainer) -> tuple[int, int]:
     return int(total), math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
 
 
-def count_images(trainer: Trainer, first_batch_size: int | None = None) -> int:
+def images_per_step(trainer: Trainer, first_batch_size: int | None = None) -> int:
     """Images of an optimizer step: of a batch × devices × accumulated batches.
 
     Args:

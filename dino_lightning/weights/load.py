@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones.features import evaluating, first_convolution
 from dino_lightning.backbones.positions import interpolate_positions
 from dino_lightning.weights.networks import facts_of, network_for, vit_arguments
 from dino_lightning.weights.source import Source, open_source
@@ -116,7 +117,7 @@ def load_into(backbone: nn.Module, source: Source) -> Report:
     if isinstance(backbone, VisionTransformer):
         _check_function(backbone, source)
         weights["pos_embed"] = _fitted(weights["pos_embed"], backbone, source)
-    first = _first_convolution(backbone)
+    first = f"{first_convolution(backbone)[0]}.weight"
     if first in weights:
         weights[first] = adapted(weights[first], own[first].shape[1])
     wrong = [f"{name} {tuple(v.shape)} instead of {tuple(own[name].shape)}" for name, v in weights.items() if v.shape != own[name].shape]
@@ -199,15 +200,11 @@ def _check_features(module: nn.Module, backbone: nn.Module, name: str) -> None:
     """A network of another library may compute something else from the same weights; where it gives features, they are compared."""
     size = [side * backbone.patch_size for side in backbone.grid] if isinstance(backbone, VisionTransformer) else (64, 64)
     random = torch.Generator().manual_seed(0)
-    channels = backbone.state_dict()[_first_convolution(backbone)].shape[1]
+    channels = first_convolution(backbone)[1].in_channels
     weight = next(module.parameters())
     images = torch.randn(1, channels, *size, generator=random)
-    modes = {part: part.training for part in module.modules()}
-    try:
-        expected = _features_of(module.eval(), images.to(weight))
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with evaluating(module):
+        expected = _features_of(module, images.to(weight))
     if expected is None:
         return
     found = backbone.eval()(images)
@@ -228,13 +225,8 @@ def _features_of(module: nn.Module, images: Tensor) -> Tensor | None:
     return output if isinstance(output, Tensor) and isinstance(module, VisionTransformer) else None
 
 
-def _first_convolution(backbone: nn.Module) -> str:
-    """Name of the weight of the first convolution."""
-    return next((f"{name}.weight" for name, part in backbone.named_modules() if isinstance(part, nn.Conv2d)), "")
-
-
 def _adapt_first_convolution(backbone: nn.Module, in_chans: int) -> None:
-    convolution = backbone.get_submodule(_first_convolution(backbone).removesuffix(".weight"))
+    _, convolution = first_convolution(backbone)
     convolution.weight = nn.Parameter(adapted(convolution.weight.detach(), in_chans))
     convolution.in_channels = in_chans
 
