@@ -18,7 +18,7 @@ from pairing import compare, interleaved, parser, save, seconds
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dino_lightning import MultiCropDataModule
-from dino_lightning.data.multicrop import resize
+from dino_lightning.data.geometry import resize
 from dino_lightning.data.paint_records import PAINT
 from dino_lightning.data.painting import paint
 from dino_lightning.data.views import collate_views

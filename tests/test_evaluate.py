@@ -42,21 +42,8 @@ def report(checkpoints, tmp_path_factory):
         log.log_metrics({"train/loss": 5.0 - step / 10}, step)
     log.log_metrics({"val/knn_top1": 0.25}, 30)
     log.save()
-    main(
-        [
-            "evaluate",
-            "--checkpoint",
-            str(checkpoint),
-            "--root",
-            str(root / "images"),
-            "--output",
-            str(root / "out"),
-            "--shots",
-            "1,0.5",
-            "--draws",
-            "2",
-        ]
-    )
+    where = ["--checkpoint", str(checkpoint), "--root", str(root / "images"), "--output", str(root / "out")]
+    main(["evaluate", *where, "--shots", "1,0.5", "--draws", "2", "--batch_size", "5"])  # several batches, the last one smaller
     return root
 
 

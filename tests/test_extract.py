@@ -15,7 +15,7 @@ from dino_lightning import DINOModule, MultiCropDataModule
 from dino_lightning.callbacks import FeatureWriter
 from dino_lightning.cli import main
 from dino_lightning.data import ImageFiles, read_image
-from dino_lightning.data.multicrop import center_view
+from dino_lightning.data.geometry import center_view
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.tools import feature_folder
 from dino_lightning.tools.extract import extract

@@ -53,10 +53,10 @@ def test_accuracies_and_their_intervals():
             ((bank - mean) / scale)[some].numpy(), bank_labels[some].numpy()
         )
         told.append(model.score(((queries - mean) / scale).numpy(), query_labels.numpy()))
-    for values, value, margin in ((voted, more.knn, more.knn_margin), (told, more.logistic, more.logistic_margin)):
-        assert value == pytest.approx(np.mean(values), abs=0.004) and margin == pytest.approx(
-            4.303 * np.std(values, ddof=1) / 3**0.5, abs=0.02
-        )
+    margins = [4.303 * np.std(values, ddof=1) / 3**0.5 for values in (voted, told)]
+    assert more.knn == pytest.approx(np.mean(voted)) and more.knn_margin == pytest.approx(margins[0], rel=1e-3) and margins[0] > 0.01
+    # Two ways to the same optimum may differ in one of 300 votes.
+    assert more.logistic == pytest.approx(np.mean(told), abs=0.004) and more.logistic_margin == pytest.approx(margins[1], abs=0.02)
     (alone,) = low_shot(bank, bank_labels, queries, query_labels, (1,), draws=1)
     assert np.isnan(alone.knn_margin)
     for shots, draws in (((0,), 3), ((1.5,), 3), ((2,), 0)):

@@ -10,7 +10,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as tv
 
 from dino_lightning import MultiCropDataModule
-from dino_lightning.data.multicrop import BOX, MultiCrop, center_view, crop_boxes, resize
+from dino_lightning.data.geometry import center_view, resize
+from dino_lightning.data.multicrop import BOX, MultiCrop, crop_boxes
 from dino_lightning.data.paint_records import PAINT
 from dino_lightning.data.painting import paint
 from dino_lightning.training.randomness import generator

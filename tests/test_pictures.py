@@ -15,7 +15,7 @@ from dino_lightning.backbones import redrawn
 from dino_lightning.callbacks import AttentionMaps, SceneReport
 from dino_lightning.cli import main
 from dino_lightning.data import Scenes, read_image
-from dino_lightning.data.multicrop import center_view, whole_view
+from dino_lightning.data.geometry import center_view, whole_view
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, normalize
 from dino_lightning.evaluation import knn_accuracy
 from dino_lightning.evaluation.attention import best_head_iou

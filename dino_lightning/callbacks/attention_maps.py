@@ -1,6 +1,5 @@
 """Pictures of what the teacher looks at and tells apart, of the same images throughout a run."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -8,16 +7,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from dino_lightning.backbones import VisionTransformer
-from dino_lightning.callbacks.images import log_picture
-from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.callbacks.images import keep_picture
+from dino_lightning.callbacks.run_folder import run_folder
 from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import NoSpatialMapError, spatial_features, spatial_maps
 from dino_lightning.pictures import attention_sheet, pca_sheet
 from dino_lightning.training.sharding import is_sharded
-
-log = logging.getLogger(__name__)
 
 
 class AttentionMaps(Callback):
@@ -85,13 +82,7 @@ class AttentionMaps(Callback):
             "pca": pca_sheet(self._images, features.cpu(), f"step {step}"),
         }
         for name, picture in pictures.items():
-            file = folder / f"{name}_{step:07d}.png"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                picture.save(file)
-            except OSError as error:  # no reason to end a run
-                log.warning("no picture %s: %s", file, error.strerror or error)
-            log_picture(trainer, f"pictures/{name}", picture)
+            keep_picture(trainer, folder / f"{name}_{step:07d}.png", f"pictures/{name}", picture)
 
 
 def _splits_patches(backbone: torch.nn.Module, size: tuple[int, int]) -> bool:

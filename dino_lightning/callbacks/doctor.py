@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -23,6 +22,7 @@ from dino_lightning.evaluation.collapse import (
     too_many_prototypes,
 )
 from dino_lightning.evaluation.spread import feature_std, participation_ratio, view_agreement
+from dino_lightning.losses.ranks import all_reduce
 from dino_lightning.training.late import LateReading
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class CollapseDoctor(Callback):
         self._begin(pl_module.device)
         if trainer.global_step == 0:
             self._told, self._first = [], {}
-            images = _count_images(trainer)
+            images = _training_images(trainer)
             self._tell(trainer, too_many_prototypes(self._out_dim, images) if images else None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,21 +122,19 @@ class CollapseDoctor(Callback):
 
     def _close(self, trainer: Trainer, device: torch.device) -> None:
         """The window's numbers over all ranks set out for the host."""
-        sums, chosen = self._sums, self._chosen.float()
-        if trainer.world_size > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(chosen)
+        sums, chosen = all_reduce(self._sums), all_reduce(self._chosen.float())
         means = sums[0] / sums[1]  # NaN where nothing is known
         self._share_used = (chosen > 0).float().mean()
         prototypes = torch.special.entr(chosen / chosen.sum()).sum().exp()
-        self._reading = LateReading(torch.cat([means, prototypes[None]])), trainer.global_step
+        # In the order of Signs, and the first features behind them.
+        self._reading = LateReading(torch.cat([means[:6], prototypes[None], means[6:]])), trainer.global_step
         self._begin(device)
 
     def _judge(self, trainer: Trainer) -> None:
         """Says what has lasted. All ranks read the same numbers, so all stop together."""
         (reading, step), self._reading = self._reading, None
-        *means, first_std, first_rank, prototypes = reading.read()
-        signs = Signs(*means[:6], prototypes, *means[6:])
+        *numbers, first_std, first_rank = reading.read()
+        signs = Signs(*numbers)
         patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))
         self._first = self._first or {"first_loss": signs.loss, "first_rank": first_rank, "first_std": first_std}
         verdict = diagnose(signs, self._out_dim, **self._first, patch_out_dim=self._patch_out_dim)
@@ -162,7 +160,7 @@ class CollapseDoctor(Callback):
             trainer.should_stop = True
 
 
-def _count_images(trainer: Trainer) -> int | None:
+def _training_images(trainer: Trainer) -> int | None:
     """Training images, where the loader tells."""
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     return len(dataset) if hasattr(dataset, "__len__") else None

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from tqdm import tqdm
 
-from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.callbacks.run_folder import run_folder
 
 
 class FeatureWriter(BasePredictionWriter):

@@ -3,13 +3,13 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_lightning.classifiers.classification import accuracies, linear_head, without_repeats
 from dino_lightning.losses.precision import without_autocast
+from dino_lightning.losses.ranks import all_reduce
 from dino_lightning.methods.base import Method
 from dino_lightning.training.plan import images_per_step
 from dino_lightning.training.randomness import seeded
@@ -91,10 +91,8 @@ class OnlineProbe(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         # Before DINO's step and so before every checkpoint of it, whatever the order of the callbacks.
-        flat = torch.cat([value.flatten() for value in self._sums])
+        flat = all_reduce(torch.cat([value.flatten() for value in self._sums]))
         self._sums = []
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
         *gradients, loss, count = flat.split([*(p.numel() for p in self._head.parameters()), 1, 1])
         for parameter, gradient in zip(self._head.parameters(), gradients):
             parameter.grad = gradient.view_as(parameter) / count.clamp(min=1)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from dino_lightning.callbacks.online_knn import OnlineKNN
-from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.callbacks.run_folder import run_folder
 from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.data.roots import split_name
 from dino_lightning.training.plan import count_steps, images_per_step

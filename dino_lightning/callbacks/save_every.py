@@ -4,10 +4,10 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dino_lightning.callbacks.run_config import last_checkpoint
+from dino_lightning.callbacks.run_folder import last_checkpoint
+from dino_lightning.losses.ranks import all_reduce
 from dino_lightning.training.late import LateReading
 
 _STEPS = 10  # between two agreements of several ranks on the time
@@ -51,7 +51,7 @@ class SaveEvery(Callback):
             return False
         self._agreed_at = self._step
         before, asked = self._asked, torch.full((), float(late), device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        all_reduce(asked, "max")
         self._asked = LateReading(asked)
         if before is None or not before.read():
             return False

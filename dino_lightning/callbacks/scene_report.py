@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_lightning.backbones import VisionTransformer, redrawn
-from dino_lightning.callbacks.images import log_picture
-from dino_lightning.callbacks.run_config import run_folder
+from dino_lightning.callbacks.images import keep_picture
+from dino_lightning.callbacks.run_folder import run_folder
 from dino_lightning.data import Scenes
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation import knn_accuracy
@@ -87,10 +87,7 @@ class SceneReport(Callback):
             return
         after = self._look(pl_module.evaluated.backbone)
         path = folder / "pictures" / "before_after.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture = self._picture(after)
-        picture.save(path)
-        log_picture(trainer, "pictures/before_after", picture)
+        keep_picture(trainer, path, "pictures/before_after", self._picture(after))
         saved = trainer.checkpoint_callback
         checkpoint = (saved and (saved.last_model_path or saved.best_model_path)) or "(none was written)"
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))

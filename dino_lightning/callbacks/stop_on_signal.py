@@ -9,11 +9,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 
-from dino_lightning.callbacks.run_config import last_checkpoint
+from dino_lightning.callbacks.run_folder import last_checkpoint
+from dino_lightning.losses.ranks import all_reduce
 from dino_lightning.training.late import LateReading
 from dino_lightning.training.resume import validate_again
 
@@ -108,7 +108,7 @@ class StopOnSignal(Callback):
         if trainer.world_size == 1:
             return self._signal
         before, asked = self._asked, torch.full((), self._signal, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        all_reduce(asked, "max")
         self._asked = LateReading(asked)
         return before.read() if before else 0
 
@@ -117,5 +117,5 @@ def _is_even(trainer: Trainer, device: torch.device) -> bool:
     """Whether the ranks have the same number of validation batches, after each of which they can agree."""
     batches = sum(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
     most = torch.tensor([batches, -batches], device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    all_reduce(most, "max")
     return bool(most.sum() == 0)

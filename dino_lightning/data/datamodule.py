@@ -23,7 +23,7 @@ from dino_lightning.data.shards import is_shards
 from dino_lightning.data.streams import SideStream
 from dino_lightning.data.unreadable import UnreadableLedger
 from dino_lightning.data.views import EvaluationViews, PredictionViews, TrainingViews, Unpainted, collate_views
-from dino_lightning.data.workers import cores, follow_the_parent
+from dino_lightning.data.workers import cores, loader
 from dino_lightning.listing import is_address
 from dino_lightning.training.randomness import generator
 
@@ -276,15 +276,7 @@ class MultiCropDataModule(LightningDataModule):
         return []
 
     def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,  # idle ones share the memory of their parent; 16 new ones took a second
-            worker_init_fn=follow_the_parent,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
+        return loader(dataset, self.batch_size, self.num_workers, **options)
 
 
 def _default_workers() -> int:

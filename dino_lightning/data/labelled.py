@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 from dino_lightning.data.sampler import training_sampler
 from dino_lightning.data.views import CropViews, EvaluationViews
+from dino_lightning.data.workers import loader
 
 
 class LabelledDataModule(LightningDataModule):
@@ -53,26 +54,15 @@ class LabelledDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         sampler = training_sampler(self._source, self.batch_size, self.seed, self.trainer)
-        return self._loader(self._train, sampler=sampler)
+        return loader(self._train, self.batch_size, self.num_workers, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._queries)
+        return loader(self._queries, self.batch_size, self.num_workers)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         images, labels = batch
         images = normalize(images, self.mean, self.std)
         return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images), labels
-
-    def _loader(self, views: Dataset, **options: Any) -> DataLoader:
-        workers = self.num_workers
-        return DataLoader(
-            views,
-            self.batch_size,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            **options,
-        )
 
 
 class CachedFeatures(Dataset):

@@ -2,10 +2,10 @@
 
 import logging
 
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from dino_lightning.data.views import Unpainted
+from dino_lightning.losses.ranks import gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,5 @@ class UnreadableLedger:
             )
 
     def _over_all_ranks(self) -> tuple[list[str], int]:
-        if not (dist.is_available() and dist.is_initialized()):
-            return sorted(set(self._lines)), self._images
-        ranks: list = [None] * dist.get_world_size()
-        dist.all_gather_object(ranks, (self._lines, self._images))
+        ranks = gather_objects((self._lines, self._images))
         return sorted({line for lines, _ in ranks for line in lines}), sum(images for _, images in ranks)

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset, default_collate
 from torchvision.transforms.v2.functional import resized_crop
 
 from dino_lightning.data.decode import UnreadableImage, as_array
-from dino_lightning.data.multicrop import BOX, MultiCrop, center_view, crop_boxes
+from dino_lightning.data.geometry import center_view
+from dino_lightning.data.multicrop import BOX, MultiCrop, crop_boxes
 from dino_lightning.training.randomness import generator
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dino_lightning.door.errors import UsageError
 from dino_lightning.door.nearest import nearest
 
 
-def options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+def given_options(args: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     """The name and the value (None without one) of each argument that argparse takes for an option with two dashes, or -c."""
     for arg, following in zip(args, [*args[1:], "--"]):
         name, equals, value = arg.partition("=")

@@ -7,7 +7,7 @@ from typing import Any
 
 from dino_lightning import recipes
 from dino_lightning.door import faces
-from dino_lightning.door.arguments import options, read_config, unknown
+from dino_lightning.door.arguments import given_options, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
 from dino_lightning.listing import is_address
@@ -28,7 +28,7 @@ def check(command: str, args: Sequence[str]) -> None:
     if method not in (None, *METHODS):
         raise unknown("method", "", method, METHODS, "", f"there are {', '.join(METHODS)}")
     known = faces.options(command, method)
-    given = list(options(args))
+    given = list(given_options(args))
     for name, _ in given:
         if not known.have(name[2:]):
             raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
@@ -57,7 +57,7 @@ def check(command: str, args: Sequence[str]) -> None:
 def said(args: Sequence[str]) -> dict[str, Any]:
     """What arguments and the files behind their --config say, by names down to the second level, with dots; later ones win."""
     found: dict[str, Any] = {}
-    for name, value in options(args):
+    for name, value in given_options(args):
         if name == "--config" and value:
             found.update(_in_config(value))
         elif name in _GROUPS and value and Path(value).is_file():  # a file of its own

@@ -11,7 +11,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dino_lightning.door import commands
-from dino_lightning.door.arguments import options, read_config, unknown
+from dino_lightning.door.arguments import given_options, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.faces import LIKE_FIT, own_options, tools
 from dino_lightning.door.parser_errors import brief
@@ -80,7 +80,7 @@ def _parser(name: str, listed: str | None) -> ArgumentParser:
 def _check_names(tool: str, args: Sequence[str], names: set[str]) -> None:
     known = {*names, "config", "help", "print_config"}
     lists = f"dino-lightning {tool} --help lists them"
-    for name, value in options(args):
+    for name, value in given_options(args):
         if name[2:].removesuffix("+").partition(".")[0] not in known:
             raise unknown("option", f"of {tool}", name[2:], known, "--", lists)
         for key in read_config(value) if name == "--config" and value else ():

@@ -24,6 +24,15 @@ def rank() -> int:
     return dist.get_rank() if n_ranks() > 1 else 0
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """What every rank has, in the order of ranks; small things, pickled. Every rank must call this, and waits."""
+    if n_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * n_ranks()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather(x: Tensor) -> Tensor:
     """Rows (B, D) of every rank, in the order of ranks: (n·B, D), with a gradient to all of them. Every rank must call this.
 

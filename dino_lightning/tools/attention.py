@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino_lightning.data import ImageFolder, UnreadableImage, read_image
-from dino_lightning.data.multicrop import trim, whole_view
+from dino_lightning.data.geometry import trim, whole_view
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import best_head_iou, mass_mask
 from dino_lightning.evaluation.spatial import side_multiple, spatial_features, spatial_maps

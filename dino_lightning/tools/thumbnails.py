@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dino_lightning.data import UnreadableImage, read_image
-from dino_lightning.data.multicrop import center_view
+from dino_lightning.data.geometry import center_view
 from dino_lightning.pictures import captioned, rgb
 
 log = logging.getLogger(__name__)

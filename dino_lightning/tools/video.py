@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dino_lightning.data.frames import open_frames
-from dino_lightning.data.multicrop import whole_view
+from dino_lightning.data.geometry import whole_view
 from dino_lightning.data.painting import normalize
 from dino_lightning.evaluation.attention import mass_mask
 from dino_lightning.evaluation.spatial import SpatialMaps, side_multiple, spatial_maps

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from dino_lightning.losses.ranks import all_reduce
 from dino_lightning.training.late import LateReading
 
 
@@ -35,10 +35,7 @@ class NonFiniteGuard:
     def total(self, device: torch.device) -> Tensor:
         """The number of non-finite losses counted since it was asked last, over all ranks: a scalar on the device."""
         total, self._counted = self._counted, None
-        total = torch.zeros((), device=device) if total is None else total
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        return total
+        return all_reduce(torch.zeros((), device=device) if total is None else total)
 
     def watch(self, count: Tensor, report: Callable[[], str]) -> None:
         """Remembers the ``count`` (scalar, on the device) of a step, and what says so if it is not zero."""

@@ -5,7 +5,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.losses.ranks import all_reduce
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -110,5 +110,5 @@ def norms_of_all(tensors: Sequence[Tensor], norms: Sequence[Tensor]) -> list[Ten
     if not any(isinstance(tensor, DTensor) for tensor in tensors):
         return list(norms)
     squares = torch.stack(list(norms)).square()
-    dist.all_reduce(squares)
+    all_reduce(squares)
     return list(squares.sqrt().unbind())
