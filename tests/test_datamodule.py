@@ -317,7 +317,7 @@ def test_errors_before_training(tmp_path, image_folder):
         MultiCropDataModule()
     with pytest.raises(TypeError, match="map-style"):
         MultiCropDataModule(dataset=iter([]))
-    with pytest.raises(ValueError, match="global_crops_size must be pixels or"):
+    with pytest.raises(ValueError, match="global_crops_size: a size must be one number or"):
         MultiCropDataModule(image_folder, global_crops_size=(96, 96, 3))
 
 

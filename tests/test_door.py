@@ -4,10 +4,12 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from argparse import ArgumentError
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,35 @@ def test_the_options_of_estimate_are_parted_from_those_of_fit():
     given = {name: call.options[name] for name in ("mfu", "devices", "link_gbps", "images")}
     assert given == {"mfu": 0.5, "devices": 8, "link_gbps": 400.0, "images": None}
     assert call.args == ["-c", "vit_small", "--trainer.devices", "2", "--data.hflip_p", "0.1"]
+
+
+COMPLETE = """
+source completion
+words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); $(complete -p $1 | sed 's/.*-F \\([^ ]*\\).*/\\1/') $1 "${@: -1}" "${@: -2:1}"
+          echo "${COMPREPLY[*]}"; }
+words dino-lightning f
+words dino-lightning fit --data.ro
+words dino-lightning fit --method m
+words dino-lightning estimate --config quick
+words dino-lightning export --to torch
+words dino-lightning knn --checkpoint las
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None or find_spec("shtab") is None, reason="needs bash and shtab")
+def test_a_shell_completes_commands_options_recipes_and_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for shell, mark in (("zsh", "#compdef dino-lightning"), ("fish", "complete -c dino-lightning"), ("bash", "-F _shtab_dino_lightning dino-lightning")):
+        with pytest.raises(SystemExit) as end:
+            enter(["--completion", shell])
+        assert end.value.code == 0 and mark in (script := capsys.readouterr().out)
+    Path("completion").write_text(script)
+    Path("last.ckpt").touch()
+    done = subprocess.run(["bash", "-c", COMPLETE], capture_output=True, text=True)
+    expected = ["fit finetune", "--data.root", "moco_v3 mae", "quickstart", "torchhub torchvision torch_export", "last.ckpt"]
+    assert done.stdout.splitlines() == expected, done.stderr
+    with pytest.raises(UsageError, match="one of bash, zsh, fish, got ksh"):
+        enter(["--completion", "ksh"])
 
 
 def test_version_is_quick():

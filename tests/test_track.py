@@ -90,18 +90,18 @@ def test_frames_of_davis_are_shown_as_the_reference_shows_them():
         (480, 832),
         (480, 896),
     ]
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 61, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 122, 3), dtype=np.uint8)
     shown = look._replace(side=64, coarse=32).features(pixels).permute(1, 2, 0).numpy()
     assert shown.shape == (64, 96, 3)
     expected = np.zeros(shown.shape)
     for y in range(64):
-        for x in range(96):  # bilinear, without a filter against aliasing, to whole numbers
-            at = ((y + 0.5) * 40 / 64 - 0.5, (x + 0.5) * 61 / 96 - 0.5)
+        for x in range(96):  # bilinear, smaller without a filter against aliasing, to whole numbers
+            at = ((y + 0.5) * 80 / 64 - 0.5, (x + 0.5) * 122 / 96 - 0.5)
             top, left = (int(np.floor(a)) for a in at)
             dy, dx = at[0] - top, at[1] - left
             for row, weight in ((top, 1 - dy), (top + 1, dy)):
                 for column, share in ((left, 1 - dx), (left + 1, dx)):
-                    expected[y, x] += weight * share * pixels[np.clip(row, 0, 39), np.clip(column, 0, 60)]
+                    expected[y, x] += weight * share * pixels[np.clip(row, 0, 79), np.clip(column, 0, 121)]
     assert np.abs(shown * std + IMAGENET_MEAN - expected / 255).max() < 0.51 / 255
 
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from dino_lightning.backbones.positions import height_width
 from dino_lightning.backbones.vit import VisionTransformer
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def example_images(backbone: nn.Module, img_size: int | tuple[int, int], in_chan
         ValueError: if it takes neither ``img_size`` nor a usual size.
     """
     weight = next(iter(backbone.parameters()), torch.empty(0))
-    sizes = [(img_size, img_size) if isinstance(img_size, int) else tuple(img_size)]
+    sizes = [height_width(img_size)]
     if isinstance(backbone, VisionTransformer):
         sizes = [tuple(side * backbone.patch_size for side in backbone.grid)]
     _, convolution = first_convolution(backbone)

@@ -1,9 +1,25 @@
 """Positions of patches: learned ones at the grid of another image size, and fixed ones."""
 
+import numbers
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+
+def height_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a size in pixels or patches, which may be one number for both.
+
+    Raises:
+        ValueError: if it is neither one number nor two.
+    """
+    if isinstance(size, numbers.Integral):
+        return int(size), int(size)
+    if len(size) != 2:
+        raise ValueError(f"a size must be one number or (height, width), got {size}")
+    return int(size[0]), int(size[1])
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float, antialias: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dino_lightning.backbones.block import FFNS, Block, LayerScale
-from dino_lightning.backbones.positions import interpolate_positions
+from dino_lightning.backbones.positions import height_width, interpolate_positions
 
 # name → width, depth, heads (MLP ratio 4)
 VIT_SIZES = {
@@ -87,8 +87,7 @@ class VisionTransformer(nn.Module):
         self.embed_dim, self.patch_size, self.layer_scale = embed_dim, patch_size, layer_scale
         self.position_offset, self.position_antialias = position_offset, position_antialias
         self.drop_path_uniform = drop_path_uniform
-        sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        self.grid = patch_grid(sides[0], sides[-1], patch_size)
+        self.grid = patch_grid(*height_width(img_size), patch_size)
         self.patch_embed = _PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
@@ -177,8 +176,7 @@ class VisionTransformer(nn.Module):
 
     def set_grid(self, img_size: int | Sequence[int]) -> None:
         """Interpolates the learned positions to the grid of another image size once and for all."""
-        sides = (img_size,) if isinstance(img_size, int) else tuple(img_size)
-        grid = patch_grid(sides[0], sides[-1], self.patch_size)
+        grid = patch_grid(*height_width(img_size), self.patch_size)
         with torch.no_grad():
             self.pos_embed = nn.Parameter(self._positions(*grid).clone(), self.pos_embed.requires_grad)
         self.grid = grid

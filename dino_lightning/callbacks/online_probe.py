@@ -81,11 +81,10 @@ class OnlineProbe(Callback):
             raise RuntimeError("OnlineProbe found no features: the training step did not set `observed`, as those of the methods do")
         features = seen.features.detach().float()  # (2·B, D)
         labels = labels.repeat(len(features) // len(labels))  # views-major
-        if self._head is None:
-            self._begin(features)
+        head = self._head or self._begin(features)
         with torch.enable_grad(), without_autocast(features.device):
-            loss = F.cross_entropy(self._head(features), labels, ignore_index=-1, reduction="sum")
-            gradients = torch.autograd.grad(loss, list(self._head.parameters()))
+            loss = F.cross_entropy(head(features), labels, ignore_index=-1, reduction="sum")
+            gradients = torch.autograd.grad(loss, list(head.parameters()))
         sums = [*gradients, loss.detach(), (labels >= 0).sum().to(loss)]
         self._sums = [a + b for a, b in zip(self._sums, sums)] if self._sums else sums
 
@@ -132,12 +131,13 @@ class OnlineProbe(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved = state_dict
 
-    def _begin(self, features: Tensor) -> None:
+    def _begin(self, features: Tensor) -> nn.Linear:
         """The same classifier on all ranks, or that of the checkpoint; drawn so that other random numbers stay as they are."""
         with seeded(_HOST, 0):
-            self._head = linear_head(features.shape[1], self._classes).to(features)
-        self._optimizer = torch.optim.SGD(self._head.parameters(), lr=self.lr, momentum=0.9)
+            self._head = head = linear_head(features.shape[1], self._classes).to(features)
+        self._optimizer = torch.optim.SGD(head.parameters(), lr=self.lr, momentum=0.9)
         if self._saved:
-            self._head.load_state_dict(self._saved["head"])
+            head.load_state_dict(self._saved["head"])
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._saved = {}
+        return head

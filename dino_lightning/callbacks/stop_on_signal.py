@@ -54,7 +54,7 @@ class StopOnSignal(Callback):
         if trainer.global_step == self._step:  # within a window of accumulated batches
             return
         self._step = trainer.global_step
-        self._due = int(self._agreed(trainer, pl_module.device)) or self._due
+        self._due = self._agreed(trainer, pl_module.device) or self._due
         if self._due and not trainer.is_last_batch:  # else the validation of the epoch comes first
             self._save(trainer)
 
@@ -68,7 +68,7 @@ class StopOnSignal(Callback):
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.state.fn != TrainerFn.FITTING or not self._even:
             return
-        self._due = int(self._agreed(trainer, pl_module.device)) or self._due
+        self._due = self._agreed(trainer, pl_module.device) or self._due
         if self._due:
             if not trainer.sanity_checking:  # before it nothing was trained
                 self._save(trainer)
@@ -103,14 +103,14 @@ class StopOnSignal(Callback):
         if not self._signal:
             self._signal, self._since = number, time.monotonic()
 
-    def _agreed(self, trainer: Trainer, device: torch.device) -> float:
+    def _agreed(self, trainer: Trainer, device: torch.device) -> int:
         """The signal that any rank has got, the same on all ranks: with several, that of the step before, read without waiting."""
         if trainer.world_size == 1:
             return self._signal
         before, asked = self._asked, torch.full((), self._signal, device=device)
         all_reduce(asked, "max")
         self._asked = LateReading(asked)
-        return before.read() if before else 0
+        return int(before.read()) if before else 0
 
 
 def _is_even(trainer: Trainer, device: torch.device) -> bool:

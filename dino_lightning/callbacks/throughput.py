@@ -22,10 +22,10 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._flops: int | None = None  # of an image
+        self._flops = 0  # of an image; not counted yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._flops = None
+        self._flops = 0
         is_gpu = pl_module.device.type == "cuda"
         self._peak = peak_of(torch.cuda.get_device_name(pl_module.device), trainer.precision) if is_gpu else None
         self._logged: dict[str, torch.Tensor] = {}
@@ -38,7 +38,7 @@ class Throughput(Callback):
         self._forget()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._flops is None:
+        if not self._flops:
             with trainer.precision_plugin.forward_context():
                 views = [view[:1] for view in split_views(batch)]
                 self._flops = pl_module.flops_per_image(views)

@@ -1,7 +1,6 @@
 """MultiCropDataModule: images in, painted views out; labelled images for the monitors; images with paths for prediction."""
 
 import logging
-import numbers
 import os
 import time
 import warnings
@@ -15,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from dino_lightning.backbones.positions import height_width
 from dino_lightning.data.multicrop import MultiCrop
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize, paint
 from dino_lightning.data.roots import Root, find_splits, open_images, split_name
@@ -284,7 +284,7 @@ def _default_workers() -> int:
 
 
 def _pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (size, size) if isinstance(size, numbers.Integral) else tuple(size)
-    if len(sides) != 2:
-        raise ValueError(f"{name} must be pixels or (height, width), got {size}")
-    return int(sides[0]), int(sides[1])
+    try:
+        return height_width(size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_lightning.backbones.positions import height_width
+
 _LEAST_AREA = 4  # of a block, in patches
 _LEAST_ASPECT = 0.3  # of a block; the greatest is its inverse
 _TRIES = 10  # for each block of a mask
@@ -40,7 +42,7 @@ def sample_masks(
         raise ValueError(f"the mask ratio must rise within [0, 1], as (0.1, 0.5) does, got {tuple(ratio)}")
     if not 0 <= probability <= 1:
         raise ValueError(f"the mask probability must lie within [0, 1], got {probability}")
-    height, width = (grid, grid) if isinstance(grid, int) else grid
+    height, width = height_width(grid)
     if isinstance(generator, torch.Generator):
         generator = np.random.default_rng(torch.randint(2**63 - 1, (), generator=generator).item())
     n_masked = int(n_crops * probability)

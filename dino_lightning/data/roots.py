@@ -33,7 +33,7 @@ def find_splits(root: Root) -> tuple[Root, list[Root]]:
         below = str(root).rstrip("/")
         return f"{below}/train", [split for name in QUERIES if _holds_shards(split := f"{below}/{name}")]
     root = Path(root)
-    queries = [root / name for name in QUERIES if (root / name).is_dir()]
+    queries: list[Root] = [root / name for name in QUERIES if (root / name).is_dir()]
     train = root / "train"
     if not train.is_dir():
         return root, []

@@ -21,7 +21,7 @@ def loader(dataset: Dataset, batch_size: int, num_workers: int, **options: Any) 
     """Batches made by ``num_workers`` processes that stay from epoch to epoch; other ``options`` are DataLoader's."""
     return DataLoader(
         dataset,
-        batch_size,
+        batch_size=batch_size,  # by its name: Lightning makes the loader anew for predictions
         num_workers=num_workers,
         persistent_workers=num_workers > 0,  # idle ones share the memory of their parent; 16 new ones took a second
         worker_init_fn=follow_the_parent,

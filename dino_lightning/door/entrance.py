@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import dino_lightning
 from dino_lightning import recipes
-from dino_lightning.door import commands, faces
+from dino_lightning.door import commands, completion, faces
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.nearest import nearest
 
@@ -24,13 +24,15 @@ def enter(args: Sequence[str]) -> Call | None:
     Raises:
         UsageError: if there is no such command, option or value.
         FileNotFoundError: if a file or folder that they name is not there.
-        SystemExit: after --help and --version, like argparse.
+        SystemExit: after --help, --version and --completion, like argparse.
     """
     command, *rest = args or ["--help"]
     if command in ("--help", "-h"):
         _say(help_text())
     if command == "--version":
         _say(f"dino-lightning {dino_lightning.__version__}")
+    if command == "--completion":
+        _say(completion.script(rest[0] if rest else None))
     if command in faces.tools():
         return _tool(command, rest)
     known = [*faces.COMMANDS, *faces.tools()]
@@ -71,7 +73,8 @@ DINO and DINOv2: self-supervised learning on a folder of images.
 
 {listed}
 
-  --help, --version; --debug shows the traceback of an error"""
+  --help, --version; --completion SHELL prints a script for the completion of bash, zsh or fish;
+  --debug shows the traceback of an error"""
 
 
 def table(entries: dict[str, str]) -> str:

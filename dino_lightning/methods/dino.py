@@ -1,8 +1,8 @@
 """DINOModule: one training step of DINO (Caron et al. 2021, algorithm 1), told in the order in which it happens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class DINOModule(Method):
             student_logits = self.student(views)  # (V·B, K)
         loss = self.loss(student_logits, teacher_logits, teacher_temp)
         self.observed = Observed(features, teacher_logits, self.loss.center)
-        entropy = self.loss.teacher_entropy
+        entropy = cast(Tensor, self.loss.teacher_entropy)  # known after a call
         kl = loss.detach() - entropy
         numbers = {"loss": loss.detach(), "teacher_entropy": entropy, "kl": kl, "center_norm": self.loss.center.norm()}
         self.report(numbers)
@@ -169,8 +169,8 @@ class DINOModule(Method):
     def flops_per_image(self, views: Sequence[Tensor]) -> int:
         return flops_per_image(self.student, self.teacher, views)
 
-    def frozen_parts(self, step: int) -> list[nn.Module]:
-        return [self.student.head.last_layer] if self.plan.epoch(step) < self.options["freeze_last_layer"] else []
+    def frozen_parts(self, step: int) -> Iterable[nn.Module]:
+        return [cast(DINOHead, self.student.head).last_layer] if self.plan.epoch(step) < self.options["freeze_last_layer"] else []
 
     def clip(self, gradients: list[Tensor], norms: list[Tensor], max_norm: float) -> None:
         """Each gradient by its own norm."""

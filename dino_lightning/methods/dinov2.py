@@ -365,7 +365,7 @@ class DINOv2Module(Method):
             losses.append(self.koleo_loss(view))
             distances.append(self.koleo_loss.distance)
         distance = losses[0].new_full((), math.nan) if None in distances else torch.stack(distances).mean()
-        return sum(losses), distance
+        return torch.stack(losses).sum(), distance
 
 
 _SHAPE = ("registers", "layer_scale", "ffn")  # options that shape the backbones vit_*

@@ -11,6 +11,7 @@ from torch import nn
 
 from dino_lightning.backbones import VisionTransformer, build, redrawn
 from dino_lightning.backbones.features import first_convolution
+from dino_lightning.backbones.positions import height_width
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers
 from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
@@ -98,7 +99,7 @@ def training_size(module: Method) -> tuple[int, int]:
     backbone, size = module.evaluated.backbone, module.images.get("size", module.options["img_size"])
     if isinstance(backbone, VisionTransformer) and "size" not in module.images:
         return backbone.grid[0] * backbone.patch_size, backbone.grid[1] * backbone.patch_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return height_width(size)
 
 
 def weights_hash(module: Method) -> str:

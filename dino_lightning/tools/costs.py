@@ -10,6 +10,7 @@ from torch import nn
 from dino_lightning import recipes
 from dino_lightning.backbones import VisionTransformer
 from dino_lightning.backbones.block import drop_path_subset
+from dino_lightning.backbones.positions import height_width
 from dino_lightning.data.roots import find_splits, open_images
 from dino_lightning.door.errors import UsageError
 from dino_lightning.evaluation.estimate import Head, Rows, Step, ViT, centre_bytes, logits_bytes, loss_bytes
@@ -77,7 +78,7 @@ def run_of(options: Sequence[str], devices: int | None = None, images: int | Non
     with torch.device("meta"):
         module = method_class(config["method"])(**{name: built(value) for name, value in model.items()})
         crops = ["global_crops_size", *(["local_crops_size"] if data["local_crops_number"] else [])]
-        check_crops(module.trained.backbone, {f"data.{name}": _pair(data[name]) for name in crops})
+        check_crops(module.trained.backbone, {f"data.{name}": height_width(data[name]) for name in crops})
         views = _views(data)
         costs = _costs(module, views, data["batch_size"], dtype)
     student, teacher = module.trained, module.evaluated
@@ -174,13 +175,9 @@ def _kept(backbone: VisionTransformer, crops: int) -> float:
 
 def _views(data: Mapping[str, Any]) -> list[torch.Tensor]:
     def view(which: str) -> torch.Tensor:
-        return torch.empty(1, data["in_chans"], *_pair(data[which]))
+        return torch.empty(1, data["in_chans"], *height_width(data[which]))
 
     return [view("global_crops_size")] * 2 + [view("local_crops_size")] * data["local_crops_number"]
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _images_of_run(data: Mapping[str, Any], trainer: Mapping[str, Any], images: int | None, per_step: int) -> int | None:

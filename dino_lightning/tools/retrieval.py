@@ -99,8 +99,9 @@ def retrieval(
             found = []
             for i, path in enumerate(tqdm(paths, desc=title, leave=False)):
                 pixels = read_image(path, shown.in_chans)
-                if boxes is not None and boxes[i] is not None:
-                    left, top, right, bottom = (round(edge) for edge in boxes[i])
+                box = boxes[i] if boxes is not None else None
+                if box is not None:
+                    left, top, right, bottom = (round(edge) for edge in box)
                     pixels = np.ascontiguousarray(pixels[max(0, top) : bottom, max(0, left) : right])
                 image = normalize(thumbnail(pixels, longest)[None].to(module.device), shown.mean, shown.std)
                 found.append(whole_features(network, image, scales, pooling))

@@ -95,7 +95,7 @@ def shrunk(path: Path, shorter: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def _smaller(data: bytes, shorter: int) -> tuple[Image.Image, str, bytes | None] | None:
+def _smaller(data: bytes, shorter: int) -> tuple[Image.Image, str | None, bytes | None] | None:
     """The image upright with this shorter side, its format and colour profile; None where it stays as it is."""
     with Image.open(io.BytesIO(data)) as image:
         form, profile = image.format, image.info.get("icc_profile")

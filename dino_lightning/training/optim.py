@@ -59,9 +59,9 @@ def layered(name: str, parameter: Tensor, depth: int | None) -> Layered:
     Raises:
         ValueError: for a block beyond ``depth``.
     """
-    block = re.match(r"backbone\.blocks\.(?:\d+\.)?(\d+)\.", name) if depth is not None else None
+    block = re.match(r"backbone\.blocks\.(?:\d+\.)?(\d+)\.", name)
     below = 0
-    if block:
+    if depth is not None and block:
         below = depth - int(block[1])
         if below < 1:
             raise ValueError(f"{name} is beyond the depth {depth}; give the depth of this network")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_lightning.backbones.positions import height_width
+
 _WRAPPERS = ("module.", "backbone.", "_orig_mod.", "vit.", "dinov2.", "dinov2_with_registers.")  # they stand before the names
 
 # Of transformers, on disk and in memory (from its version 5 on); the reference's, timm's and DINOv2's need no more than a word.
@@ -103,8 +105,7 @@ def _is_grid(count: int, patch_size: int, img_size: Sequence[int] | int | None) 
     """Whether so many positions are those of the patches alone."""
     if img_size is None:
         return math.isqrt(count) ** 2 == count
-    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
-    return math.prod(side // patch_size for side in sides) == count
+    return math.prod(side // patch_size for side in height_width(img_size)) == count
 
 
 def _rename(name: str) -> str:

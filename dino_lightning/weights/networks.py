@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer, build
+from dino_lightning.backbones.positions import height_width
 from dino_lightning.backbones.vit import VIT_SIZES
 
 _RESNETS = {
@@ -127,7 +128,7 @@ def _sides(patches: int, patch_size: int, known: int | Sequence[int] | None, wan
     """(H, W) in pixels of the positions' grid: what is known, else a square, else what is wanted."""
     side = math.isqrt(patches) * patch_size
     for size in (known, side, wanted):
-        sides = (size, size) if isinstance(size, int) else tuple(size or (0, 0))
+        sides = height_width(size or 0)
         if (sides[0] // patch_size) * (sides[1] // patch_size) == patches:
             return sides
     raise ValueError(f"the {patches} positions are of no square image, and nothing says of which; give img_size=(H, W)")
