@@ -60,7 +60,7 @@ def epoch(root: Path, workers: int) -> dict[str, float]:
     loader = data.train_dataloader()
     batches, memory = len(loader), []
     begin = time.perf_counter()
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(loader):  # noqa: B007, looked at behind the loop
         if number == 1:
             begin = time.perf_counter()  # the workers have begun
         if workers and number in (batches // 10, batches - 2):

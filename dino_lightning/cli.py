@@ -73,7 +73,7 @@ class DINOCLI(LightningCLI):
                 "prog": "dino-lightning",
                 "exit_on_error": False,
                 "formatter_class": _HelpFormatter,
-                **{name: help_texts for name in self.subcommands()},
+                **dict.fromkeys(self.subcommands(), help_texts),
             },
             auto_configure_optimizers=False,
             args=args,

@@ -22,8 +22,8 @@ MILLION = Facts(
 )
 
 
-def chosen(facts, method="dino", said={}, minutes=60, pace=200.0):
-    _, choices = settings(facts, {"method": method} | said)
+def chosen(facts, method="dino", said=None, minutes=60, pace=200.0):
+    _, choices = settings(facts, {"method": method} | (said or {}))
     length(choices, facts, minutes, pace)
     return {option: value for option, value, _ in choices}
 

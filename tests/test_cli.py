@@ -436,7 +436,7 @@ def test_wandb_records_keys_and_config_offline(run_dir, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    for i in range(2):  # a second run in the same folder must not fail
+    for _ in range(2):  # a second run in the same folder must not fail
         main(["fit", "--config", "small.yaml", "--config", "wandb", "--data.root", "images",
               "--trainer.default_root_dir", "runs"])  # fmt: skip
         import wandb

@@ -132,7 +132,11 @@ words dino-lightning knn --checkpoint las
 @pytest.mark.skipif(shutil.which("bash") is None or find_spec("shtab") is None, reason="needs bash and shtab")
 def test_a_shell_completes_commands_options_recipes_and_files(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for shell, mark in (("zsh", "#compdef dino-lightning"), ("fish", "complete -c dino-lightning"), ("bash", "-F _shtab_dino_lightning dino-lightning")):
+    for shell, mark in (
+        ("zsh", "#compdef dino-lightning"),
+        ("fish", "complete -c dino-lightning"),
+        ("bash", "-F _shtab_dino_lightning dino-lightning"),
+    ):
         with pytest.raises(SystemExit) as end:
             enter(["--completion", shell])
         assert end.value.code == 0 and mark in (script := capsys.readouterr().out)

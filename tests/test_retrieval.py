@@ -73,7 +73,7 @@ def brute_force(frames, first, n, radius, k, temperature):
     height, width = frames[0].shape[1:]
     labels = [first]
     for t in range(1, len(frames)):
-        context = [0, *[c for c in range(max(1, t - n), t)]] if n else [0]
+        context = [0, *range(max(1, t - n), t)] if n else [0]
         found = torch.zeros_like(first)
         for y in range(height):
             for x in range(width):

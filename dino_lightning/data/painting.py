@@ -122,7 +122,8 @@ def _kernels(device: torch.device) -> Callable[[Tensor, np.ndarray, Sequence[flo
         return kernels
     warnings.warn(
         f"crops are painted by some hundred operations instead of nine kernels of Triton, which do not work on {device}: "
-        f"{reason}. Results are the same; a step may take longer. Install triton and a C compiler to mend that."
+        f"{reason}. Results are the same; a step may take longer. Install triton and a C compiler to mend that.",
+        stacklevel=2,
     )
     return None
 

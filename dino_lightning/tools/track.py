@@ -201,7 +201,7 @@ def _measured(
 ) -> _Followed:
     """Writes what was found where a folder is given, and compares it with the truth where there is one."""
     scores: dict[int, list[tuple[float, float]]] = {}
-    measured = {name: path for name, path in list(film.truths.items())[1:-1]}  # the first is given, and the last does not count
+    measured = dict(list(film.truths.items())[1:-1])  # the first is given, and the last does not count
     done = 0
     with contextlib.ExitStack() as stack:
         write = None
