@@ -91,6 +91,7 @@ def names_hash(paths: Iterable[str]) -> str:
 
 
 def summary(rows: int, row_shape: Sequence[int], output: str, unreadable: int) -> str:
+    """The line that ends ``extract``."""
     numbers = " × ".join(map(str, row_shape))
     rest = f"; {unreadable} could not be read" if unreadable else ""
     return f"features of {rows} images, {numbers} numbers each, in {output}{rest}"

@@ -31,6 +31,8 @@ _SMALL: dict[str, dict[str, Any]] = {  # of a small network; the learning rate a
 
 
 class Choice(NamedTuple):
+    """The ``value`` of an ``option``, and ``why`` it has that."""
+
     option: str
     value: Any
     why: str

@@ -69,6 +69,7 @@ class MultiCrop:
 
     @property
     def n_views(self) -> int:
+        """V, the views of an image."""
         return 2 + self.local_crops_number
 
     def __call__(self, image: np.ndarray, *key: int) -> tuple[list[Tensor], np.ndarray]:

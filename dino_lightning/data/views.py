@@ -47,6 +47,7 @@ def load(source: Dataset, index: int, in_chans: int, reduction: Callable[[int, i
 
 
 def describe(source: Dataset, index: int) -> str:
+    """A sample's path where its source tells that, else its number."""
     try:
         return source.path(index) if hasattr(source, "path") else f"sample {index}"
     except UNREADABLE:  # where the name lies with the image

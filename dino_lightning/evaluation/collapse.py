@@ -134,6 +134,7 @@ def is_stuck(signs: Signs, out_dim: int) -> bool:
 
 
 def stuck(signs: Signs, out_dim: int, steps: int) -> Verdict:
+    """The verdict on a run that ``is_stuck`` for long."""
     return Verdict(
         "stuck",
         f"stuck: after {steps} steps the loss is still {signs.loss:.2f}, ln K = {math.log(out_dim):.2f}: the student has learned "

@@ -34,6 +34,7 @@ class ViT(NamedTuple):
 
     @classmethod
     def of(cls, network: VisionTransformer) -> "ViT":
+        """The shape of a network."""
         block: Any = network.blocks[0]  # a module's attributes have no types
         gated = hasattr(block.mlp, "w3")
         return cls(
@@ -104,6 +105,7 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, network: DINOHead) -> "Head":
+        """The shape of a head."""
         linear = [layer for layer in network.mlp.modules() if isinstance(layer, nn.Linear)]
         return cls((linear[0].in_features, *(layer.out_features for layer in linear)), network.last_layer.weight_v.shape[0])
 
@@ -158,6 +160,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
+        """In bytes."""
         return sum(self)
 
 

@@ -44,6 +44,7 @@ class FeatureMetrics(Metric):
         return bool(len(self.bank)) and bool(len(self.queries))
 
     def compute(self) -> dict[str, Tensor]:
+        """``knn_top1``, ``knn_top5`` (fractions) and ``rank_me`` of the bank, scalars, of the samples of all ranks."""
         bank, bank_labels, queries, query_labels = (dim_zero_cat(getattr(self, name)) for name in _STATES)
         top1, top5 = knn_accuracy(bank, bank_labels, queries, query_labels, k=self.k, temperature=self.temperature)
         values = {"knn_top1": top1, "knn_top5": top5, "rank_me": rank_me(bank)}

@@ -36,6 +36,7 @@ class Confusion:
         return both / (self.counts.sum(dim=0) + self.counts.sum(dim=1) - both).double()
 
     def mean_iou(self) -> float:
+        """The mean of ``iou()`` over the classes that occur."""
         return self.iou().nanmean().item()
 
 

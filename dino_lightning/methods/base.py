@@ -186,6 +186,7 @@ class Method(LightningModule):
         groups[0]["weight_decay"] = self.plan.weight_decay_at(step)
 
     def build_optimizer(self, fused: bool) -> torch.optim.Optimizer:
+        """That of the option ``optimizer``, over the trained parameters in two groups, decayed and not; ``fused``, if it may be."""
         groups = param_groups(self.trained, self.options["weight_decay"])
         return build_optimizer(self.options["optimizer"], groups, fused=fused)
 

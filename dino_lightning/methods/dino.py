@@ -29,6 +29,7 @@ class DINOPlan(MomentumPlan):
     warmup_teacher_temp_epochs: int
 
     def teacher_temp_at(self, step: int) -> float:
+        """The teacher's temperature; it rises linearly from epoch to epoch, as in the reference."""
         return linear_warmup(
             self.epoch(step),
             start_value=self.warmup_teacher_temp,

@@ -39,9 +39,11 @@ class DINOv2Plan(MomentumPlan):
     freeze_last_layer: int
 
     def last_layer_lr_at(self, step: int) -> float:
+        """The learning rate of the heads' last layers, 0 in the first epochs."""
         return 0.0 if step < self.steps(self.freeze_last_layer) else self.lr_at(step)
 
     def teacher_temp_at(self, step: int) -> float:
+        """The teacher's temperature; it rises linearly from step to step."""
         warmup_steps = self.steps(self.warmup_teacher_temp_epochs)
         return linear_warmup(step, start_value=self.warmup_teacher_temp, final_value=self.teacher_temp, warmup_epochs=warmup_steps)
 

@@ -84,4 +84,5 @@ class Teacher(Network):
 
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:
+    """Its batch norms of any kind, synchronised ones too."""
     return [module for module in network.modules() if isinstance(module, _BatchNorm)]

@@ -40,10 +40,12 @@ class Estimate(NamedTuple):
 
     @property
     def bound(self) -> str:
+        """What a step waits for, a key of ``seconds``."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
     def fits(self) -> bool:
+        """Whether the batch that was asked for is no larger than the largest one."""
         return self.run.step.batch <= self.largest_batch
 
 
