@@ -42,9 +42,7 @@ class HuggingFaceImages(Dataset):
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "HuggingFaceImages needs datasets: pip install 'dino-lightning[datasets]'", name="datasets"
-            ) from error
+            raise ModuleNotFoundError("HuggingFaceImages needs datasets: pip install datasets", name="datasets") from error
         self.in_chans, self.image, self.label = in_chans, image, label
         rows = datasets.load_dataset(path, name, split=split, data_files=data_files)
         for column in filter(None, (image, label)):

@@ -133,7 +133,7 @@ def import_litdata() -> ModuleType:
     try:
         import litdata
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("shards need litdata: pip install 'dino-lightning[shards]'", name="litdata") from error
+        raise ModuleNotFoundError("shards need litdata: pip install litdata", name="litdata") from error
     return litdata
 
 

@@ -24,7 +24,7 @@ def script(shell: str | None) -> str:
     try:
         import shtab
     except ImportError:
-        raise UsageError("--completion needs shtab: pip install 'dino-lightning[completion]'") from None
+        raise UsageError("--completion needs shtab: pip install shtab") from None
     return shtab.complete(_parser(shtab.FILE), shell, preamble=_recipes_and_files())
 
 

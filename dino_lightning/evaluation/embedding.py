@@ -34,7 +34,7 @@ def plane_umap(features: Tensor, seed: int = 0) -> Tensor:
     """UMAP of the features (N, D) by their cosine: (N, 2), neighbours kept beside each other (McInnes et al. 2018).
 
     Raises:
-        ModuleNotFoundError: without umap-learn (``pip install '.[umap]'``).
+        ModuleNotFoundError: without umap-learn (``pip install umap-learn``).
         ValueError: for none, or if a number is not finite.
     """
     from umap import UMAP

@@ -21,7 +21,7 @@ def write_onnx(package: Package, folder: Path) -> str:
         onnxruntime = importlib.import_module("onnxruntime")
         importlib.import_module("onnxscript")  # torch's exporter needs it
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"onnx needs {error.name}: pip install '.[onnx]'", name=error.name) from error
+        raise ModuleNotFoundError(f"onnx needs {error.name}: pip install onnx onnxruntime onnxscript", name=error.name) from error
     path = folder / "model.onnx"
     torch.onnx.export(
         package.backbone,

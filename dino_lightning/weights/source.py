@@ -145,7 +145,7 @@ def _pretrained_timm(name: str) -> nn.Module:
     try:
         import timm
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"'timm/{name}' needs timm: pip install '.[timm]'", name="timm") from error
+        raise ModuleNotFoundError(f"'timm/{name}' needs timm: pip install timm", name="timm") from error
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models('*{name[:5]}*') lists those of a kind")
     try:

@@ -45,7 +45,7 @@ def write_transformers(package: Package, folder: Path) -> str:
     try:
         import transformers
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("transformers is not installed: pip install '.[transformers]'", name="transformers") from error
+        raise ModuleNotFoundError("transformers is not installed: pip install transformers", name="transformers") from error
     square = vit.grid[0] == vit.grid[1]
     dinov2 = vit.layer_scale is not None or vit.register_tokens is not None or hasattr(vit.blocks[0].mlp, "w12")
     if dinov2 and not square:
