@@ -58,6 +58,7 @@ class DINOCLI(LightningCLI):
         for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
             logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
         warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")  # of Lightning's about torch
+        warnings.filterwarnings("ignore", r".*`tensorboardX` has been removed as a dependency")  # the log is a CSV file without it
         listing = table(recipes.summaries())
         help_texts = {"epilog": f"recipes for --config:\n{listing}"}
         args, self._choices = auto.in_place(sys.argv[1:] if args is None else args)

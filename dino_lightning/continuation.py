@@ -39,7 +39,7 @@ def find_last(root: str | None, checkpoints: str | None) -> str:
     if not found:
         raise FileNotFoundError(
             f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
-            "set trainer.default_root_dir to the folder of the earlier run, or name the file"
+            "set --trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
     return str(max(found, key=lambda path: path.stat().st_mtime))
 

@@ -26,6 +26,7 @@ from dino_lightning.methods.dino import DINOPlan
 from dino_lightning.tools.page import Line, lines
 
 ROOT = Path(__file__).parents[1]
+_NOTE = re.compile(r"^> As a file this page lacks .*\n\n", re.MULTILINE)
 _MACRO = re.compile(r"\{\{ *(\w+)((?: +[^ }]+)*) *\}\}")
 
 
@@ -35,8 +36,8 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 
 
 def expand(markdown: str) -> str:
-    """A page with what its macros stand for."""
-    return _MACRO.sub(lambda found: MACROS[found[1]](*found[2].split()), markdown)
+    """A page with what its macros stand for, and without the note that the file lacks that."""
+    return _MACRO.sub(lambda found: MACROS[found[1]](*found[2].split()), _NOTE.sub("", markdown))
 
 
 def source(file: str, name: str) -> str:

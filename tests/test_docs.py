@@ -45,7 +45,7 @@ def hooks():
 
 def test_pages_take_everything_from_the_code(hooks):
     pages = {page.relative_to(DOCS).as_posix(): hooks["expand"](page.read_text()) for page in PAGES}
-    assert "{{" not in "".join(pages.values())
+    assert "{{" not in "".join(pages.values()) and "As a file this page lacks" not in "".join(pages.values())
     diagrams = re.findall(r"```mermaid\n(.*?)```", pages["explanation/architecture.md"], re.DOTALL)
     assert len(diagrams) == 2 and ";" not in "".join(diagrams), "a semicolon ends a statement of mermaid"
     assert all(f"## {name}\n" in pages["reference/commands.md"] for name in faces.tools())

@@ -65,6 +65,10 @@ WRONG = [
     (["fit", "--trainer.callback+=OnlineKNN"], 2, "unknown option --trainer.callback+ of fit; did you mean --trainer.callbacks?"),
     (["fit", "--frobnicate"], 2, "unknown option --frobnicate of fit; dino-lightning fit --help lists them"),
     (["fit", "photos"], 2, "fit takes options only, got 'photos'; did you mean --data.root photos?"),
+    (["fit", "quickstart"], 2, "fit takes options only, got 'quickstart'; did you mean --config quickstart?"),
+    (["quickstart"], 2, "quickstart is a recipe: dino-lightning fit --config quickstart"),
+    (["fit", "--config", "quickstart", "--data.root", "."], 2, "there are two sources of images: data.root ., and data.dataset. The quick"),
+    (["knn", "--checkpoint", "RUN/last.ckpt", "--root", "."], 2, "; RUN stands for the folder of a run, such as lightning_logs/version_0"),
     (["fit", "--data.root", ".", "--model.lr", "fast"], 2, "--model.lr takes float, got fast"),
     (["fit", "--data.root", ".", "--trainer.max_epochs=1.5"], 2, "--trainer.max_epochs takes int or null, got 1.5"),
     (["fit", "--config", "wrong.yaml"], 2, "unknown key data.bach_size in wrong.yaml; did you mean data.batch_size?"),
@@ -78,7 +82,7 @@ WRONG = [
     (["attention", "--checkpoint", "dino_vits16"], 2, "attention needs IMAGES"),
     (["knn", "--checkpoint", "dino_vits16", "--root", ".", "--image_size", "big"], 2, "--image_size takes int or null, got big"),
     (["export", "--checkpoint", "dino_vits16", "--to", "pdf"], 2, "--to takes 'torchhub', 'timm', "),
-    (["knn", "--checkpoint", "no.ckpt", "--root", "."], 2, "there is no checkpoint 'no.ckpt'"),
+    (["knn", "--checkpoint", "no.ckpt", "--root", "."], 2, "there is no checkpoint no.ckpt in /"),
     (["knn", "--checkpoint", "dino_vits16", "--root", "nowhere"], 2, "there is no image folder nowhere"),
     (["estimate", "--devcies", "8"], 2, "unknown option --devcies of estimate; did you mean --devices?"),
     (["estimate", "--data.bach_size", "8"], 2, "unknown option --data.bach_size of estimate; did you mean --data.batch_size?"),
@@ -190,11 +194,11 @@ def test_the_door_refuses_nothing_that_the_parser_takes(tmp_path):
         ["--trainer.fast_dev_run=true", "--trainer.devices", "2", "--trainer.devices", "[0, 1]", "--checkpoint.save_last", "link"],
         ["--data.global_crops_size", "[32, 48]", "--data.mean", "[0.5]", "--model.lr=1e-4", "--trainer.gradient_clip_val", "null"],
         ["--seed_everything", "true", "--ckpt_path", "last", "--weights_only", "true"],
-        ["--config", str(own)],
-        ["-c", "quickstart"],
-        ["--config=quickstart"],
+        ["-c", "vit_small"],
+        ["--config=vit_small"],
     ):
-        commands.check("fit", [*args, "--data.root", str(tmp_path)])
+        commands.check("fit", [*args, *(["--data.root", str(tmp_path)] if "--data.dataset" not in args[0] else [])])
+    commands.check("fit", ["--config=quickstart", "--data.dataset", "null", "--data.root", str(tmp_path)])
     commands.check("fit", ["--config", "quickstart"])
     commands.check("fit", ["--config", str(own)])
     commands.check("fit", ["--print_config"])

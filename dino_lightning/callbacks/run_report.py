@@ -86,7 +86,8 @@ class RunReport(Callback):
         saved = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         files = [path for callback in saved for path in (callback.last_model_path, callback.best_model_path) if os.path.exists(path)]
         steps = 0 if self._first is None else trainer.global_step - self._first  # none in a run that was over
-        spent = f", the last {steps} in {_duration(time.monotonic() - self._began)}" if steps else ""
+        of_these = "" if steps == trainer.global_step else f"the last {steps} "
+        spent = f", {of_these}in {_duration(time.monotonic() - self._began)}" if steps else ", as before: nothing was left to train"
         lines = {"done": f"{trainer.global_step} steps{spent}"}
         if files:
             lines["checkpoints"] = ", ".join(dict.fromkeys(files))
@@ -125,8 +126,9 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 
 
 def _device(trainer: Trainer) -> str:
-    device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    device, threads = trainer.strategy.root_device, torch.get_num_threads()
+    on_host = f"{device.type}, {threads} thread{'s' * (threads > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_host
     return f"{trainer.world_size} × {name}"
 
 

@@ -97,11 +97,12 @@ class SceneReport(Callback):
 {f"k-NN accuracy (k = {self.k})":28}{self._raw:12.1%}{self._before.knn:12.1%}{after.knn:12.1%}
 {"attention on object (IoU)":28}{"-":>12}{before_iou:12.2f}{after_iou:12.2f}
 
-No label was used in training. See what it looks at: {path}
-The checkpoint: {checkpoint}
-Try next, on your own images:
-  dino-lightning fit --config cpu --data.root FOLDER
-  dino-lightning attention FOLDER/IMAGE.jpg --checkpoint RUN/checkpoints/last.ckpt"""
+k-NN: the share of scenes that have the class of most of their {self.k} nearest. IoU: of each scene the head that overlaps best with the true
+object, 1 is perfect; both networks are measured so. No label was used in training. See what it looks at: {path}
+Try next:
+  dino-lightning attention PHOTO.jpg --checkpoint {checkpoint}    # it has seen generated scenes alone: expect little of photographs
+  dino-lightning fit --config auto --minutes 60 --data.root FOLDER    # learns from your own images
+and read docs/tutorial.md and notebooks/02_how_dino_works.ipynb."""
         )
 
     @torch.no_grad()

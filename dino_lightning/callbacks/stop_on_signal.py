@@ -99,7 +99,7 @@ class StopOnSignal(Callback):
             if self._signal and time.monotonic() - self._since > _TWICE:
                 raise KeyboardInterrupt
             if not self._signal and trainer.is_global_zero:
-                log.warning("Ctrl-C: finishing the step and saving; once more leaves at once, without")
+                log.warning("Ctrl-C: finishing the step and saving; once more leaves at once, without saving")
         if not self._signal:
             self._signal, self._since = number, time.monotonic()
 

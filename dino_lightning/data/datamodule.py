@@ -161,7 +161,7 @@ class MultiCropDataModule(LightningDataModule):
             if len(self._train_source) < needed:
                 raise ValueError(
                     f"{len(self._train_source)} images are fewer than one batch: batch_size={self.batch_size} on "
-                    f"{self._world_size} device(s) needs {needed}; lower batch_size"
+                    f"{self._world_size} device(s) needs {needed}; lower it (--data.batch_size), or use --config auto, which does"
                 )
 
     def train_dataloader(self) -> DataLoader:

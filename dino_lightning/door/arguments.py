@@ -39,3 +39,9 @@ def unknown(what: str, where: str, name: str, names: Collection[str], prefix: st
     """That there is no such option or key, and which one may have been meant."""
     guess = nearest(name, names)
     return UsageError(f"unknown {what} {prefix}{name}{where and f' {where}'}; {f'did you mean {prefix}{guess}?' if guess else remedy}")
+
+
+def no_checkpoint(path: str) -> str:
+    """What to say of a checkpoint that is not there."""
+    hint = "; RUN stands for the folder of a run, such as lightning_logs/version_0" if path.startswith("RUN/") else ""
+    return f"there is no checkpoint {path} in {Path.cwd()}{hint}" if not Path(path).is_absolute() else f"there is no checkpoint {path}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from dino_lightning import recipes
 from dino_lightning.door import faces
-from dino_lightning.door.arguments import given_options, read_config, unknown
+from dino_lightning.door.arguments import given_options, no_checkpoint, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
 from dino_lightning.listing import is_address
@@ -33,7 +33,8 @@ def check(command: str, args: Sequence[str]) -> None:
         if not known.have(name[2:]):
             raise unknown("option", f"of {command}", name[2:], known.names(), "--", f"dino-lightning {command} --help lists them")
     if args and not args[0].startswith("-"):
-        raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean --data.root {args[0]}?")
+        meant = "--config" if args[0] in (recipes.AUTO, *recipes.names()) else "--data.root"
+        raise UsageError(f"{command} takes options only, got {args[0]!r}; did you mean {meant} {args[0]}?")
     asked = dict(given).get("--method")
     for config in [value for name, value in given if name == "--config" and value]:
         content = _in_config(config)
@@ -97,7 +98,7 @@ def _two_levels(content: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _check_checkpoint(path: str | None) -> None:
     keyword = path is None or path in ("null", "last", "best", "hpc") or path.startswith("registry") or "://" in path
     if not keyword and not Path(path).expanduser().exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}: check the path")
+        raise FileNotFoundError(no_checkpoint(path))
 
 
 def _check_images(command: str, given: dict[str, Any]) -> None:
@@ -109,6 +110,12 @@ def _check_images(command: str, given: dict[str, Any]) -> None:
         raise UsageError(f"data.root takes a folder, got {root}")
     if root is not None and not is_address(root) and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
+    generated = any(name.startswith("data.dataset") and value not in (None, "null") for name, value in sources.items())
+    if root is not None and generated:
+        raise UsageError(
+            f"there are two sources of images: data.root {root}, and data.dataset. The quickstarts generate their images; for yours take "
+            f"--config auto --minutes 60 --data.root {root}, or another recipe"
+        )
     needs = command != faces.LIKE_FIT
-    if needs and root is None and not any(name.startswith("data.dataset") and value is not None for name, value in sources.items()):
+    if needs and root is None and not generated:
         raise UsageError(f"{command} needs images: add --data.root FOLDER (a folder of images), or data.dataset")

@@ -39,6 +39,8 @@ def enter(args: Sequence[str]) -> Call | None:
     if command in faces.COMMANDS:
         commands.check(command, rest)
     elif not command.startswith("-"):
+        if command in recipes.names():
+            raise UsageError(f"{command} is a recipe: dino-lightning fit --config {command}")
         guess = nearest(command, known)
         raise UsageError(f"unknown command {command!r};{f' did you mean {guess!r}?' if guess else ''} Commands: {', '.join(known)}")
     elif not set(rest) & set(faces.COMMANDS):  # Lightning takes --config before the command, too
@@ -72,6 +74,8 @@ def help_text() -> str:
 DINO and DINOv2: self-supervised learning on a folder of images.
 
 {listed}
+
+first: dino-lightning fit --config quickstart    # three minutes, no images needed; then docs/tutorial.md
 
   --help, --version; --completion SHELL prints a script for the completion of bash, zsh or fish;
   --debug shows the traceback of an error"""

@@ -11,7 +11,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from dino_lightning.door import commands
-from dino_lightning.door.arguments import given_options, read_config, unknown
+from dino_lightning.door.arguments import given_options, no_checkpoint, read_config, unknown
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.faces import LIKE_FIT, own_options, tools
 from dino_lightning.door.parser_errors import brief
@@ -91,7 +91,7 @@ def _check_names(tool: str, args: Sequence[str], names: set[str]) -> None:
 def _check_files(options: dict[str, Any]) -> None:
     checkpoint, root = options.get("checkpoint"), options.get("root")
     if checkpoint and Path(checkpoint).suffix in _WEIGHTS and not Path(checkpoint).exists():
-        raise FileNotFoundError(f"there is no checkpoint {checkpoint!r}")
+        raise FileNotFoundError(no_checkpoint(checkpoint))
     if root and not is_address(root) and not Path(root).is_dir():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
 

@@ -107,7 +107,7 @@ def attention(
         info = PngInfo()
         info.add_text("Software", _SIGNATURE)
         pca_sheet(pca_images, pca_features, which).save(pca_path, pnginfo=info)
-    print(f"{len(overlaps)} pictures in {output}" + (f", and {pca_path}" if pca_images else ""))
+    print(f"{len(overlaps)} picture{'s' * (len(overlaps) != 1)} in {output}" + (f", and {pca_path}" if pca_images else ""))
     if masks and overlaps:
         print(f"overlap (IoU) of the best head's mask with the true one: {np.mean(list(overlaps.values())):.3f}")
     return overlaps

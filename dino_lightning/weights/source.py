@@ -85,6 +85,9 @@ def _of_folder(path: Path, network: str) -> Source:
     """A folder of transformers, of timm, or of our export: config.json and one file of weights."""
     file = next((path / name for name in _OF_FOLDERS if (path / name).is_file()), None)
     if file is None:
+        run = path / "checkpoints" / "last.ckpt"
+        if run.is_file():
+            raise FileNotFoundError(f"{path} is the folder of a run; give the checkpoint in it, {run}")
         raise FileNotFoundError(f"the folder {path} holds none of {', '.join(_OF_FOLDERS)}")
     held, facts = read(file)
     return _of_file(held, {**_config_beside(file), **facts}, str(path), network)
