@@ -1,6 +1,8 @@
 """A run that was interrupted after any step and resumed ends as the run that was not."""
 
 import csv
+import os
+import signal
 from datetime import timedelta
 
 import pytest
@@ -10,6 +12,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.loggers import CSVLogger
 from two_ranks import train
 
+from dino_lightning.callbacks import StopOnSignal
 from dino_lightning.training.loggers import AppendingCSVLogger
 
 
@@ -160,3 +163,24 @@ def test_a_resumed_run_saves_no_step_twice(tmp_path):
     scheduled = {**options, "accumulate_grad_batches": 1, "callbacks": [GradientAccumulationScheduler({0: 2, 1: 2})]}
     resumed = train(tmp_path, ckpt_path=tmp_path / "first/step=4.ckpt", **scheduled)
     assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items()), "a constant schedule"
+
+
+class Terminated(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_a_signal_is_heeded_where_every_step_ends_an_epoch(tmp_path, labelled):
+    for split in ("train", "val") if labelled else ("train",):
+        write_images(tmp_path / "images" / split / "a", 5)
+        write_images(tmp_path / "images" / split / "b", 2, first=20)
+    whole = run(tmp_path, max_epochs=6)
+    assert len(whole["losses"]) == 6
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path, max_epochs=6, callbacks=[Terminated(), StopOnSignal()], default_root_dir=tmp_path)
+    assert end.value.code == 128 + signal.SIGTERM
+    resumed = run(tmp_path, max_epochs=6, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
+    assert resumed["losses"] == whole["losses"][3:]
+    assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())

@@ -55,7 +55,11 @@ class StopOnSignal(Callback):
             return
         self._step = trainer.global_step
         self._due = self._agreed(trainer, pl_module.device) or self._due
-        if self._due and not trainer.is_last_batch:  # else the validation of the epoch comes first
+        if self._due and not trainer.is_last_batch:  # else a validation may follow, which a resumed run would leave out
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due:
             self._save(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
