@@ -10,11 +10,14 @@ import timm
 import torch
 import torchvision
 import transformers
+from lightning.pytorch import Trainer
 from test_weights import features, same_weights, shaken
 from torch import nn
+from torch.utils.data import DataLoader
 
-from dino_lightning import DINOModule, VisionTransformer, load_backbone
+from dino_lightning import DINOModule, SimCLRModule, VisionTransformer, load_backbone
 from dino_lightning.backbones import build
+from dino_lightning.backbones.small_resnet import SmallResNet
 from dino_lightning.cli import main
 from dino_lightning.weights.export import FORMS, export
 from dino_lightning.weights.package import Package
@@ -142,6 +145,26 @@ def test_resnet50(form, tmp_path):
     torch.testing.assert_close(found, features(backbone, images), rtol=1e-4, atol=1e-4)
     if form in ("timm", "safetensors"):
         assert torch.equal(features(load_backbone(tmp_path / "out"), images), features(backbone, images))
+
+
+def test_a_small_resnet_comes_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = shaken(SmallResNet(in_chans=5, widths=(4, 8, 12), stem_stride=4, blocks=2, grid=2)).eval()
+    images = torch.randn(2, 5, 64, 64)
+    for form in ("torchhub", "safetensors"):
+        export(package(backbone, (64, 64))._replace(in_chans=5), form, tmp_path / form)
+        assert torch.equal(run_card(tmp_path / form)["backbone"](images), features(backbone, images))
+    with pytest.raises(
+        ValueError, match=r"a SmallResNet\(in_chans=5, widths=\(4, 8, 12\), blocks=2\), and do not tell its stem_stride and grid"
+    ):
+        load_backbone(tmp_path / "torchhub" / "backbone.pth")
+    module = SimCLRModule(backbone, img_size=64, in_chans=5, hidden_dim=8, projection_dim=8)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    trainer.fit(module, DataLoader([[torch.rand(5, 64, 64)] * 2] * 4, batch_size=2))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(load_backbone("last.ckpt")(images), module(images))
+    with pytest.raises(ValueError, match="DINOModule is 'dino'; use dino_lightning.SimCLRModule"):
+        DINOModule.load_from_checkpoint("last.ckpt", backbone=backbone)
 
 
 def test_the_command_writes_a_folder_with_a_card(small_checkpoint, tmp_path, monkeypatch, capsys):

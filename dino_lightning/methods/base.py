@@ -25,6 +25,7 @@ from dino_lightning.backbones import (
     warn_of_classifier,
 )
 from dino_lightning.evaluation.flops import count_flops
+from dino_lightning.methods import METHODS
 from dino_lightning.methods.batch import split_views
 from dino_lightning.methods.networks import Network
 from dino_lightning.training import resume
@@ -385,8 +386,9 @@ class Method(LightningModule):
         checkpoint["method"], checkpoint["started_from"] = self.method, self.started_from
         checkpoint["drop_path_seed"] = self._seed
         checkpoint["images"] = self.images
-        if isinstance(self.evaluated.backbone, VisionTransformer):
-            checkpoint["dino_lightning"] = facts_of(self.evaluated.backbone)
+        facts = facts_of(self.evaluated.backbone)
+        if facts:
+            checkpoint["dino_lightning"] = facts
         layout = self._layout or self._resumed
         if layout is not None:
             checkpoint["layout"] = layout
@@ -394,7 +396,10 @@ class Method(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("method", "dino")
         if saved != self.method:
-            raise ValueError(f"this checkpoint is of the method {saved!r}, {type(self).__name__} is {self.method!r}; use its module")
+            raise ValueError(
+                f"this checkpoint is of the method {saved!r}, {type(self).__name__} is {self.method!r}; use dino_lightning.{METHODS.get(saved)}, "
+                "or load_backbone for the backbone alone"
+            )
         self.started_from = checkpoint.get("started_from")
         self._seed = checkpoint.get("drop_path_seed")
         self.images = checkpoint.get("images", {})

@@ -6,15 +6,15 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_lightning.backbones import VisionTransformer
+from dino_lightning.backbones.small_resnet import SmallResNet
 from dino_lightning.weights.graphs import write_onnx, write_torch_export
-from dino_lightning.weights.networks import facts_of, resnet_name
+from dino_lightning.weights.networks import facts_of, resnet_name, small_resnet_arguments
 from dino_lightning.weights.package import Package
 from dino_lightning.weights.timm import write_timm
 from dino_lightning.weights.transformers import write_transformers
@@ -87,8 +87,7 @@ def _write_safetensors(package: Package, folder: Path) -> str:
         weights = _with_head(weights, package.head)
         if package.center is not None:
             weights["loss.center"] = package.center
-    facts: Mapping[str, Any] = facts_of(package.backbone) if isinstance(package.backbone, VisionTransformer) else {}
-    metadata = {"format": "pt", "dino_lightning": json.dumps(facts)}
+    metadata = {"format": "pt", "dino_lightning": json.dumps(facts_of(package.backbone))}
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors", metadata=metadata)
     return _usage_of_ours(package, "FOLDER") or (
         'from safetensors.torch import load_file\n\nweights = load_file("FOLDER/model.safetensors")  # for a network like the one trained'
@@ -119,10 +118,19 @@ features = model.eval()(images)"""
 
 def _usage_of_ours(package: Package, source: str) -> str | None:
     """By ``load_backbone``, if it can tell such a network by its weights."""
-    options = ""
+    options, facts = "", facts_of(package.backbone)
+    if isinstance(package.backbone, SmallResNet) and source.endswith(".pth"):  # which has no place for the facts
+        arguments = small_resnet_arguments(package.backbone.state_dict()) | facts
+        return f'''import torch
+from dino_lightning.backbones.small_resnet import SmallResNet
+
+backbone = SmallResNet({", ".join(f"{name}={value}" for name, value in arguments.items())}).eval()
+backbone.load_state_dict(torch.load("{source}"))
+images = torch.rand({package.batch})  # yours, normalised as said above
+features = backbone(images)'''
     if isinstance(package.backbone, VisionTransformer):
-        options = f", num_heads={package.backbone.blocks[0].attn.num_heads}"
-    elif resnet_name(package.backbone) is None:
+        options = f", num_heads={facts['num_heads']}"
+    elif resnet_name(package.backbone) is None and not facts:
         return None
     return f'''import torch
 from dino_lightning import load_backbone

@@ -1,13 +1,16 @@
 """Networks for given weights: what a ViT or a ResNet must be like to take them."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dino_lightning.backbones import VisionTransformer, build
+from dino_lightning.backbones.features import first_convolution
 from dino_lightning.backbones.positions import height_width
+from dino_lightning.backbones.small_resnet import SmallResNet
 from dino_lightning.backbones.vit import VIT_SIZES
 
 _RESNETS = {
@@ -20,8 +23,13 @@ _RESNETS = {
 _HEADS = {(width, depth): heads for width, depth, heads in VIT_SIZES.values()}
 
 
-def facts_of(vit: VisionTransformer) -> dict[str, Any]:
-    """What the weights of a ViT do not tell of it, as plain types: arguments of VisionTransformer."""
+def facts_of(backbone: nn.Module) -> dict[str, Any]:
+    """What its weights do not tell of a network of ours, as plain types: arguments of VisionTransformer or SmallResNet; of others nothing."""
+    if isinstance(backbone, SmallResNet):
+        return {"stem_stride": first_convolution(backbone)[1].stride[0], "grid": backbone.grid}
+    if not isinstance(backbone, VisionTransformer):
+        return {}
+    vit = backbone
     return {
         "img_size": [side * vit.patch_size for side in vit.grid],
         "num_heads": vit.blocks[0].attn.num_heads,
@@ -45,11 +53,11 @@ def network_for(
     drop_path_rate: float = 0.0,
     wanted_size: int | Sequence[int] | None = None,
 ) -> nn.Module:
-    """An untrained network of the shapes of these weights: a ``VisionTransformer``, or a ResNet of torchvision.
+    """An untrained network of the shapes of these weights: a ``VisionTransformer``, a ``SmallResNet``, or a ResNet of torchvision.
 
     Args:
         weights: of a backbone, in our names.
-        facts: what else is known of a ViT, arguments of VisionTransformer.
+        facts: what else is known of it (``facts_of``).
         drop_path_rate: of a ViT.
         wanted_size: pixels, int or (H, W): the size of a ViT's positions, where they are of no square and nobody says of what.
 
@@ -70,6 +78,15 @@ def network_for(
         if name is None:
             raise ValueError(f"these are weights of a ResNet with {counts} blocks, which torchvision does not have")
         return build(name, in_chans=weights["conv1.weight"].shape[1])
+    if "stages.0.0.weight" in weights:
+        arguments = small_resnet_arguments(weights) | {name: facts[name] for name in ("stem_stride", "grid") if name in facts}
+        if len(arguments) < 5:
+            told = ", ".join(f"{name}={value}" for name, value in arguments.items())
+            raise ValueError(
+                f"these are weights of a SmallResNet({told}), and do not tell its stem_stride and grid; build it with these, and load them "
+                "by load_state_dict"
+            )
+        return SmallResNet(**arguments)
     raise ValueError(
         f"these are weights neither of a ViT (pos_embed, patch_embed.proj.weight, blocks.0...) nor of a ResNet (conv1.weight, "
         f"layer1.0...), but {', '.join(list(weights)[:5])}"
@@ -82,6 +99,17 @@ def resnet_name(backbone: nn.Module) -> str | None:
         return None
     blocks = tuple(len(getattr(backbone, f"layer{i}")) for i in range(1, 5))
     return _RESNETS.get((blocks, hasattr(backbone.layer1[0], "conv3")))
+
+
+def small_resnet_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Those arguments of the SmallResNet of these weights that they tell."""
+    stages = [value for name, value in weights.items() if re.fullmatch(r"stages\.\d+\.0\.weight", name)]
+    branches = sum(name.endswith(".branch.0.0.weight") for name in weights)
+    return {
+        "in_chans": stages[0].shape[1],
+        "widths": tuple(len(stage) for stage in stages),
+        "blocks": branches // (len(stages) - 1),
+    }
 
 
 def vit_arguments(weights: Mapping[str, Tensor], facts: Mapping[str, Any], wanted_size: int | Sequence[int] | None) -> dict[str, Any]:
