@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import pickle
+import warnings
 from unittest.mock import patch
 
 import pytest
@@ -447,6 +448,44 @@ def test_hooks_overridden_without_super_keep_the_algorithm():
         fit(module)
         ends.append(module.state_dict())
     assert same(*ends)
+
+
+def test_what_overrides_would_break_without_a_word_is_named():
+    def mine(**methods):
+        return type("Mine", (DINOModule,), methods)(backbone=tiny_vit(), lr=0.1, **OPTIONS)
+
+    def adamw(self):
+        return torch.optim.AdamW(self.student.parameters(), lr=1.0)
+
+    for words, methods in {
+        "overrides on_train_start; call super": {"on_train_start": lambda self: None},
+        "overrides on_train_start or on_train_batch_start; call super": {"on_train_batch_start": lambda self, batch, batch_idx: None},
+        "overrides optimizer_step, and this one did not": {
+            "optimizer_step": lambda self, epoch, batch_idx, optimizer, closure: optimizer.step(closure)
+        },
+    }.items():
+        with pytest.raises(RuntimeError, match=words):
+            fit(mine(**methods))
+    manual = build_module()
+    manual.automatic_optimization = False
+    with pytest.raises(ValueError, match="leave automatic_optimization true"):
+        fit(manual)
+    with pytest.raises(NonFiniteLossError):
+        fit(mine(on_before_backward=lambda self, loss: None), callbacks=[Poison(1)])
+    with pytest.warns(UserWarning, match="what configure_optimizers says of these, and schedulers, have no effect"):
+        fit(mine(configure_optimizers=adamw))
+    module = mine()
+    module.extra = nn.Linear(2, 2)
+    with pytest.warns(
+        UserWarning, match="never trained, because no optimizer holds them: extra.weight, extra.bias; override build_optimizer"
+    ):
+        fit(module)
+    skipped = mine(training_step=lambda self, batch, batch_idx: None)
+    fit(skipped)  # as Lightning has it, such a batch is left out
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(build_module())
+    assert not [warning for warning in said if "optimizer" in str(warning.message)]
 
 
 def test_a_subclass_with_its_own_defaults(tmp_path):

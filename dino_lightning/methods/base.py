@@ -38,6 +38,7 @@ from dino_lightning.training.checks import (
     check_views,
     finds_batch_size,
     warn_of_local_batch_norms,
+    warn_of_own_optimizers,
     warn_of_slow_precision,
 )
 from dino_lightning.training.devices import settle
@@ -107,6 +108,7 @@ class Method(LightningModule):
         self._layout: dict[str, int] | None = None  # how the run deals out its images
         self._resumed: dict[str, int] | None = None  # the same of the run that goes on
         self._finished_step: int | None = None  # the global step up to which all has moved; None outside a run
+        self._rated_step = -1  # the newest one whose rates were set
         self._optimizer_stepped = False
         self._guard = NonFiniteGuard()
         self.register_state_dict_pre_hook(_finish_before_saving)
@@ -211,6 +213,8 @@ class Method(LightningModule):
             RuntimeError: outside a Trainer's fit.
         """
         if self._plan is None:
+            if self._trainer is not None and self._trainer.training:
+                raise RuntimeError(f"{type(self).__name__} overrides on_train_start or on_train_batch_start; call super() in it")
             raise RuntimeError(
                 f"{type(self).__name__} trains in a Trainer, which tells it the length of the run: Trainer(...).fit(module, loader). "
                 "In a loop of your own use the parts: DINOLoss, DINOHead, VisionTransformer, dino_lightning.losses and "
@@ -219,6 +223,8 @@ class Method(LightningModule):
         return self._plan
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._finished_step is None:
+            raise RuntimeError(f"{type(self).__name__} overrides on_train_start; call super().on_train_start() in it")
         self.finish_step()  # already done, unless a subclass overrides on_train_batch_end
         self.observed = None
         self.key = (self._seed, self.global_step, batch_idx, self.global_rank)
@@ -242,7 +248,7 @@ class Method(LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any]) -> None:
         """Sets what the plan says of the step, and steps without the frozen parts."""
-        step = self.global_step
+        step = self._rated_step = self.global_step
         self.set_rates(optimizer.param_groups, step)
 
         def closure() -> Any:
@@ -280,6 +286,8 @@ class Method(LightningModule):
     ) -> None:
         """Clips as the method does, or as the Trainer says where ``clip_grad`` is 0."""
         gradients, norms = gradient_norms(self.trained.parameters())
+        if not norms:  # a training step that gave None
+            return
         norm = torch.stack(norms).norm()
         self._grad_norm = torch.where(norm.isfinite(), norm, self._grad_norm)
         self.report({"grad_norm": norm})
@@ -288,8 +296,9 @@ class Method(LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._guard.count(loss)
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        self._guard.count(loss)  # not in on_before_backward, which people override without super()
+        super().backward(loss, *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.finish_step()
@@ -307,6 +316,11 @@ class Method(LightningModule):
             return
         self._guard.check(self._trainer)
         step, self._finished_step = self.global_step - 1, self.global_step
+        if self._rated_step != step:
+            raise RuntimeError(
+                f"{type(self).__name__} overrides optimizer_step, and this one did not set the step's learning rate and weight decay; call "
+                "super().optimizer_step(...) in it. (set_rates is what to override for others)"
+            )
         stepped, self._optimizer_stepped = self._optimizer_stepped, False
         non_finite = self._guard.total(self.device)
         self.after_step(step, stepped, non_finite)
@@ -357,9 +371,10 @@ class Method(LightningModule):
         if self._seed is None:
             seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
             self._seed = self.trainer.strategy.broadcast(seed)
+        warn_of_own_optimizers(self, is_own=getattr(self.configure_optimizers, "__func__", None) is not Method.configure_optimizers)
         resume.remember_saved_step(self.trainer)
         self._plan = self._layout = None
-        self._finished_step = self.global_step
+        self._finished_step, self._rated_step = self.global_step, -1
         self._optimizer_stepped = False
         self._skipped_steps = 0
         self._grad_norm = torch.zeros((), device=self.device)  # the last finite one

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -90,6 +91,11 @@ def check_trainer(trainer: Trainer, clip_grad: float) -> None:
         raise ValueError(
             f"precision={trainer.precision!r} keeps the teacher in half precision, where its moving average stalls: the "
             "updates are smaller than the rounding. Use 'bf16-mixed', '16-mixed' or '32-true'"
+        )
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError(
+            "manual optimization leaves out what the plan does at each step (rates, clipping, frozen parts); leave automatic_optimization true, "
+            "or use the parts in a loop of your own: DINOLoss, DINOHead, dino_lightning.training.schedules"
         )
     if trainer.lightning_module._compiler_ctx is not None:
         raise ValueError(
@@ -237,3 +243,20 @@ def check_views(views: Sequence[Tensor], backbone: nn.Module, width: int) -> Non
                 "set img_size to the global crop size",
                 *(height, width, backbone.grid[0] * patch, backbone.grid[1] * patch),
             )
+
+
+def warn_of_own_optimizers(module: LightningModule, is_own: bool) -> None:
+    """Says what a plan makes of optimizers that it did not build (``is_own``), and which parameters no optimizer holds."""
+    optimizers = module.trainer.optimizers
+    held = {id(parameter) for optimizer in optimizers for group in optimizer.param_groups for parameter in group["params"]}
+    forgotten = [name for name, parameter in module.named_parameters() if parameter.requires_grad and id(parameter) not in held]
+    if forgotten:
+        rank_zero_warn(
+            f"never trained, because no optimizer holds them: {', '.join(forgotten[:5])}{' and more' * (len(forgotten) > 5)}; override "
+            "build_optimizer(fused) and add a group with them"
+        )
+    if is_own or module.trainer.lr_scheduler_configs:
+        rank_zero_warn(
+            "the plan sets the learning rate of all groups and the weight decay of the first one at every step: what configure_optimizers says "
+            "of these, and schedulers, have no effect. Set lr, weight_decay and so on of the module, or override set_rates(groups, step)"
+        )
