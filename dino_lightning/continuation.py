@@ -10,19 +10,21 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_lightning.callbacks.run_config import RunConfig
+from dino_lightning.door.arguments import read_config
 from dino_lightning.door.commands import said
 
 _CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Lightning starts go on with what rank 0 found
 _LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
 
 
-def checkpoint_at(path: str, root: str | None, checkpoints: str | None) -> str:
+def checkpoint_at(path: str, root: str | None, checkpoints: str | None, images: str | None = None) -> str:
     """The file that ``--ckpt_path`` names: ``last`` is that of ``find_last``."""
-    return find_last(root, checkpoints) if path == "last" else os.path.expanduser(path)
+    return find_last(root, checkpoints, images) if path == "last" else os.path.expanduser(path)
 
 
-def find_last(root: str | None, checkpoints: str | None) -> str:
-    """The newest ``last*.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead.
+def find_last(root: str | None, checkpoints: str | None, images: str | None = None) -> str:
+    """The newest ``last*.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead; where
+    ``images`` are named, that of a run on these, if there is any.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -41,7 +43,17 @@ def find_last(root: str | None, checkpoints: str | None) -> str:
             f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
             "set --trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
-    return str(max(found, key=lambda path: path.stat().st_mtime))
+    of_these = [path for path in found if _is_on(path, images)] if images else []
+    if images and not of_these:
+        rank_zero_warn(f"--ckpt_path last: no run below {folders[0]} was on {images}, as far as their config.yaml tell; taking the newest")
+    return str(max(of_these or found, key=lambda path: path.stat().st_mtime))
+
+
+def _is_on(checkpoint: Path, images: str) -> bool:
+    """Whether the run of a checkpoint was on these images."""
+    said = read_config(str(checkpoint.parent.parent / "config.yaml")).get("data")
+    root = said.get("root") if isinstance(said, dict) else None
+    return root is not None and os.path.abspath(os.path.expanduser(str(root))) == os.path.abspath(os.path.expanduser(images))
 
 
 def restartable(args: Sequence[str]) -> list[str]:
@@ -58,7 +70,7 @@ def restartable(args: Sequence[str]) -> list[str]:
             "(pytorch issue 135712): set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
         )
     try:
-        find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
+        find_last(given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"), given.get("data.root"))
     except FileNotFoundError:
         rank_zero_info("--ckpt_path last: nothing to go on with yet; the run begins")
         return [*args, "--ckpt_path", "null"]

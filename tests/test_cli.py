@@ -185,6 +185,7 @@ def test_a_resumed_run_goes_on_in_its_folder(run_dir, caplog, capsys):
     said = capsys.readouterr().out
     assert "16 in 2 classes (a, b) in labelled; val asked" in said and "run folder" in said
     assert re.search(r"k-NN top-1 +[\d.]+ %; [\d.]+ % before the first step", said) and "dino-lightning knn --root labelled" in said
+    assert re.search(r"\ncollapse     none seen: spread of the features 0\.\d\d .*, effective rank in a batch \d", said)
     run = Path("runs/lightning_logs/version_0")
     before, config = (run / "metrics.csv").read_text().splitlines(), yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["root"] == str(root) and config["trainer"]["default_root_dir"] == str(run_dir / "runs")
@@ -202,7 +203,7 @@ def test_a_resumed_run_goes_on_in_its_folder(run_dir, caplog, capsys):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["ckpt_path"] is None and config["trainer"]["num_sanity_val_steps"] == -1, "its options begin a new run"
     fit(*options, "--trainer.max_epochs", "3", "--ckpt_path", "last")  # there is nothing left to do
-    assert list(csv.DictReader((run / "metrics.csv").open())) == rows and "done         12 steps\n" in capsys.readouterr().out
+    assert list(csv.DictReader((run / "metrics.csv").open())) == rows and "done         12 steps, as before: nothing was left to train\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("recipe", [name for name in recipes.names() if not name.endswith(("quickstart", "wandb", "warm_start"))])

@@ -1,5 +1,6 @@
 """What a command goes on with, found where a user says it is."""
 
+import os
 import warnings
 
 import pytest
@@ -55,3 +56,16 @@ def test_a_store_that_outlives_its_ranks_is_told(shared, tmp_path, monkeypatch):
         warnings.simplefilter("always")
         assert continuation.restartable(args) == [*args, "--ckpt_path", "null"]
     assert any("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(warning.message) for warning in told) == (shared == "True")
+
+
+def test_last_is_that_of_a_run_on_the_same_images(tmp_path):
+    for at, (name, root) in enumerate({"first": "photos", "second": "others"}.items()):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(f"data: {{root: {tmp_path / root}}}")
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+        os.utime(tmp_path / name / "checkpoints" / "last.ckpt", (at, at))
+    runs = str(tmp_path)
+    assert continuation.find_last(runs, None, f"{tmp_path}/photos/").startswith(f"{runs}/first/")
+    assert continuation.find_last(runs, None).startswith(f"{runs}/second/")
+    with pytest.warns(UserWarning, match="was on elsewhere"):
+        assert continuation.find_last(runs, None, "elsewhere").startswith(f"{runs}/second/")

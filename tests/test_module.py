@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dino_lightning import DINOModule, VisionTransformer
+from dino_lightning.callbacks import OnlineKNN
 from dino_lightning.methods.batch import split_views
 from dino_lightning.methods.networks import Network
 from dino_lightning.training.guard import NonFiniteLossError
@@ -486,6 +487,26 @@ def test_what_overrides_would_break_without_a_word_is_named():
         warnings.simplefilter("always")
         fit(build_module())
     assert not [warning for warning in said if "optimizer" in str(warning.message)]
+
+
+def test_other_batches_of_evaluation_are_named():
+    module, images = build_module(), torch.rand(2, 3, 32, 32)
+    for batch, words in {
+        (tuple([images] * 3)): r"tuple of a tensor \(2, 3, 32, 32\), a tensor \(2, 3, 32, 32\), .*no validation loss",
+        images: r"got a tensor \(2, 3, 32, 32\)",
+    }.items():
+        with pytest.raises(TypeError, match=words):
+            module.validation_step(batch, 0)
+    with pytest.raises(TypeError, match="prediction takes batches of images"):
+        module.predict_step([images[0], "a.jpg"], 0)
+    features, paths = module.eval().predict_step(images, 0)
+    assert torch.equal(features, module.predict_step([images, ["a", "b"]], 0)[0]) and paths is None
+    labelled = DataLoader([(image, i % 2) for i, image in enumerate(torch.rand(4, 3, 32, 32))], batch_size=2)
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[OnlineKNN()], enable_progress_bar=False)
+    with pytest.warns(UserWarning, match="OnlineKNN needs two loaders"):
+        trainer.validate(module, labelled)
+    with pytest.raises(ValueError, match="unknown backbone 'vit_tyni'; did you mean 'vit_tiny'"):
+        DINOModule("vit_tyni")
 
 
 def test_a_subclass_with_its_own_defaults(tmp_path):

@@ -23,6 +23,7 @@ from dino_lightning.weights.files import read_checkpoint
 _TOLD = "DINO_LIGHTNING_AUTO"  # environment variable: the processes that Lightning starts take what rank 0 has chosen
 _LAUNCHERS = (TorchElasticEnvironment, SLURMEnvironment, MPIEnvironment, LSFEnvironment)
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps", "trainer.fast_dev_run")
+_FEW = 200  # images
 _FILLED = 0.8  # share of a GPU's memory: what libraries and the allocator take comes on top
 
 
@@ -77,6 +78,12 @@ def _chosen(rest: Sequence[str], given: Mapping[str, Any], seconds: float | None
     plain = [arg for arg in rest[rest.index("fit") + 1 :] if not arg.startswith("--print_config")]
     options = parsed(recipes.resolve_in(plain), "fit")
     facts = look({name: built(value) for name, value in options["data"].items()}, options["trainer"])
+    if facts.images < _FEW:
+        print(
+            f"auto: {facts.images} images are few to learn from; published weights know more (--config warm_start)",
+            file=sys.stderr,
+            flush=True,
+        )
     method, choices = settings(facts, given)
     if facts.memory and method in KNOWN:
         most = run_of(["--config", _recipe(choices), *plain], devices=1).step.largest_batch(_FILLED * facts.memory)
@@ -117,7 +124,9 @@ def _with(rest: Sequence[str], config: str) -> list[str]:
 
 
 def _going_on(rest: Sequence[str], given: Mapping[str, Any]) -> tuple[list[str], str]:
-    path = continuation.checkpoint_at(given["ckpt_path"], given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"))
+    path = continuation.checkpoint_at(
+        given["ckpt_path"], given.get("trainer.default_root_dir"), given.get("checkpoint.dirpath"), given.get("data.root")
+    )
     config = continuation.run_of(path, read_checkpoint(path)) / "config.yaml"
     if not config.exists():
         raise UsageError(

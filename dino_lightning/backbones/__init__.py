@@ -1,6 +1,7 @@
 """Backbones: modules that map images (B, C, H, W) to features (B, D), by name or as given."""
 
 import copy
+import difflib
 import logging
 from typing import Literal
 
@@ -78,8 +79,13 @@ def build(
         return timm_model(name.removeprefix("timm/"), img_size, in_chans, drop_path_rate)
     if name in cnn_names():
         return torchvision_cnn(name, in_chans, drop_path_rate)
+    own = [*VIT_SIZES, *_DINOV2]
+    close = difflib.get_close_matches(name, [*own, *cnn_names()], 1)
+    hint = f"did you mean {close[0]!r}? There are" if close else "there are"
+    if "." in name:
+        hint = "a class is given as an object, or on the command line by --model.backbone.class_path. There are"
     raise ValueError(
-        f"unknown backbone {name!r}; there are {', '.join(VIT_SIZES)}, {', '.join(_DINOV2)} (or with _reg), timm/NAME (with timm installed), "
+        f"unknown backbone {name!r}; {hint} {', '.join(own)} (or with _reg), timm/NAME (with timm installed), "
         f"any nn.Module, and torchvision's {', '.join(cnn_names())}"
     )
 

@@ -76,7 +76,8 @@ class AttentionMaps(Callback):
             self._images = None
             return
         maps = maps.cpu()
-        title = f"step {step}; masks: the patches that hold {self.mass:.0%} of {what}"
+        coarse = "; few places, dino-lightning attention --image_size 256 shows more" if max(maps.shape[-2:]) < 5 else ""
+        title = f"step {step}; masks: the patches that hold {self.mass:.0%} of {what}{coarse}"
         pictures = {
             "attention": attention_sheet(self._images, maps, mass_mask(maps, self.mass), names, [""] * len(maps), title),
             "pca": pca_sheet(self._images, features.cpu(), f"step {step}"),

@@ -115,6 +115,13 @@ class CollapseDoctor(Callback):
         if pl_module.started_from and before is not None and now is not None and not trainer.sanity_checking:
             self._tell(trainer, forgetting(before, now.item()))
 
+    def summary(self, trainer: Trainer) -> str:
+        """What it has seen, for the end of a run."""
+        if self._told:
+            return f"{', '.join(self._told)}: see above, and docs/troubleshooting.md"
+        std, rank = (trainer.callback_metrics.get(f"train/feature_{name}", math.nan) for name in ("std", "rank"))
+        return f"none seen: spread of the features {float(std):.2f} (0 if collapsed), effective rank in a batch {float(rank):.1f} (1 if collapsed)"
+
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
         self._sums = torch.zeros(2, 8 + len(_OF_PATCHES), device=device)  # and how often each was known

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_lightning.classifiers.classification import without_repeats
 from dino_lightning.evaluation import FeatureMetrics
@@ -24,6 +24,7 @@ class OnlineKNN(Callback):
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
         self.metrics = FeatureMetrics(k, temperature)
+        self._warned = False
         self.before: float | None = None  # top-1 before the first step, where it was asked
 
     def state_dict(self) -> dict[str, float | None]:
@@ -33,6 +34,10 @@ class OnlineKNN(Callback):
         self.before = state_dict["before"]
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaders = len(trainer.num_test_batches if trainer.testing else trainer.num_val_batches)
+        if loaders == 1 and not self._warned:
+            self._warned = True
+            rank_zero_warn("OnlineKNN needs two loaders of (images, labels), [bank, queries], and there is one: no k-NN accuracy")
         self.metrics.reset()
         self.metrics.to(pl_module.device)
 

@@ -1,6 +1,7 @@
 """What a person wants to know of a run: before it what it will do, after it what came out and what to try next."""
 
 import os
+import shlex
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
+from dino_lightning.callbacks.doctor import CollapseDoctor
 from dino_lightning.callbacks.online_knn import OnlineKNN
 from dino_lightning.callbacks.run_folder import run_folder
 from dino_lightning.data.datamodule import MultiCropDataModule
@@ -96,11 +98,15 @@ class RunReport(Callback):
         knn = _knn(trainer)
         if knn:
             lines["k-NN top-1"] = knn
+        doctor = next((callback for callback in trainer.callbacks if isinstance(callback, CollapseDoctor)), None)
+        if doctor and steps:
+            lines["collapse"] = doctor.summary(trainer)
         root = getattr(trainer.datamodule, "root", None)
         if files and root is not None:
-            lines["try next"] = f"dino-lightning attention IMAGE.jpg --checkpoint {files[0]}"
-            if knn:
-                lines[""] = f"dino-lightning knn --root {root} --compare true --checkpoint {files[0]}"
+            checkpoint = f"--checkpoint {shlex.quote(str(files[0]))}"
+            lines["try next"] = f"dino-lightning attention IMAGE.jpg {checkpoint}"
+            tool = "knn --root {} --compare true" if knn else "evaluate --root {}"
+            lines[""] = f"dino-lightning {tool.format(shlex.quote(str(root)))} {checkpoint}"
         _table(**lines)
 
 

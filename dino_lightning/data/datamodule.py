@@ -207,7 +207,7 @@ class MultiCropDataModule(LightningDataModule):
         loaders = self._labelled_loaders(self._query_folders)
         views = loaders[1].dataset if loaders else EvaluationViews(self._train_source, size, self.in_chans)
         count = min(count, len(views))
-        return torch.stack([views[i * len(views) // count][0] for i in range(count)])
+        return torch.stack([_seen(views, i * len(views) // count) for i in range(count)])
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         self.batch_came = time.perf_counter()
@@ -277,6 +277,13 @@ class MultiCropDataModule(LightningDataModule):
 
     def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
         return loader(dataset, self.batch_size, self.num_workers, **options)
+
+
+def _seen(views: EvaluationViews, index: int) -> Tensor:
+    """The view of this image, or of the next one that is not black, as unreadable ones are."""
+    shown = (views[(index + later) % len(views)][0] for later in range(min(10, len(views))))
+    first = next(shown)
+    return first if first.any() else next((view for view in shown if view.any()), first)
 
 
 def _default_workers() -> int:

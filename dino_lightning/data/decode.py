@@ -245,7 +245,7 @@ def _channels_last(data: np.ndarray, in_chans: int, channel_axes: tuple[int, ...
                 return np.moveaxis(data, axis, -1)
     found = min(data.shape[axis] for axis in channel_axes)
     raise ChannelMismatch(
-        f"an image of {found} channels (shape {data.shape}) where in_chans={in_chans}: pass in_chans={found}, or make "
+        f"an image of {found} channels (shape {data.shape}) where in_chans={in_chans}: pass in_chans={found} (--data.in_chans {found}), or make "
         f"the image one of {in_chans} channels (numpy arrays are (H, W, C), torch tensors (C, H, W))"
     )
 

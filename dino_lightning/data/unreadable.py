@@ -23,6 +23,7 @@ class UnreadableLedger:
     def __init__(self, max_share: float) -> None:
         self.max_share = max_share
         self._lines: list[str] = []
+        self._named: set[str] = set()  # in earlier epochs
         self._images = self._batches = 0
 
     def note(self, trainer: Trainer, batch: Unpainted) -> None:
@@ -46,13 +47,16 @@ class UnreadableLedger:
             images = images * int(trainer.num_training_batches) // self._batches
         if not lines or (not is_last and len(lines) <= self.max_share * images):
             return
-        named = "\n".join(lines[:_NAMED]) + (f"\n... and {len(lines) - _NAMED} more" if len(lines) > _NAMED else "")
-        if trainer.is_global_zero:
+        too_many = len(lines) > self.max_share * images
+        new = lines if too_many else [line for line in lines if line not in self._named]
+        self._named.update(lines)
+        named = "\n".join(new[:_NAMED]) + (f"\n... and {len(new) - _NAMED} more" if len(new) > _NAMED else "")
+        if trainer.is_global_zero and new:
             log.warning(
-                "%d of the %d images of epoch %d could not be read and were replaced by others:\n%s",
+                "%d of the %d images of epoch %d could not be read and were replaced by others (each is named once):\n%s",
                 *(len(lines), images, trainer.current_epoch, named),
             )
-        if len(lines) > self.max_share * images:
+        if too_many:
             raise UnreadableImagesError(
                 f"{len(lines)} of {images} images could not be read, more than max_unreadable={self.max_share:.3g} of them; "
                 f"remove or repair them, or raise max_unreadable:\n{named}"

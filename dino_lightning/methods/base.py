@@ -26,7 +26,7 @@ from dino_lightning.backbones import (
 )
 from dino_lightning.evaluation.flops import count_flops
 from dino_lightning.methods import METHODS
-from dino_lightning.methods.batch import split_views
+from dino_lightning.methods.batch import images_and_rest, labelled_images, split_views
 from dino_lightning.methods.networks import Network
 from dino_lightning.training import resume
 from dino_lightning.training.checkpoint_io import AtomicCheckpointIO
@@ -389,7 +389,9 @@ class Method(LightningModule):
 
     def on_validation_end(self) -> None:
         if self.trainer.validating and not self.trainer.callback_metrics:
-            rank_zero_info("nothing was measured; the callback dino_lightning.callbacks.OnlineKNN computes the k-NN accuracy")
+            rank_zero_info(
+                "nothing was measured; dino_lightning.callbacks.OnlineKNN computes the k-NN accuracy, from two loaders: [bank, queries]"
+            )
 
     def on_train_end(self) -> None:
         self.finish_step()
@@ -464,15 +466,15 @@ class Method(LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """(images, labels) of the bank (loader 0) or the queries (loader 1) → their features and labels, for callbacks."""
-        images, labels = batch[:2]
+        images, labels = labelled_images(batch)
         return {"features": self(images), "labels": labels}
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> tuple[Tensor, Any]:
-        """(images, paths) → (features (B, D), paths)."""
-        images, paths = batch
+        """(images, paths) → (features (B, D), paths); of images alone, None for paths."""
+        images, paths = images_and_rest(batch)
         return self(images), paths
 
     def _note_step(self, *_: Any) -> None:

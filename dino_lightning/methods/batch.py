@@ -1,4 +1,4 @@
-"""The views in a training batch."""
+"""What is in a batch: views to train on, labelled images to evaluate, images to predict."""
 
 from typing import Any
 
@@ -28,3 +28,38 @@ def split_views(batch: Any) -> list[Tensor]:
 def global_views(batch: Any) -> list[Tensor]:
     """The two global views of a training batch, for methods that have no use for local ones."""
     return split_views(batch)[:2]
+
+
+def labelled_images(batch: Any) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W) and labels (B,) of a batch of validation or test.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    pair = tuple(batch[:2]) if isinstance(batch, list | tuple) else ()
+    if len(pair) < 2 or not all(isinstance(part, Tensor) for part in pair) or pair[0].ndim != 4 or pair[1].ndim != 1:
+        raise TypeError(
+            f"validation takes batches (images (B, C, H, W), labels (B,)) of two loaders, [bank, queries], got {_described(batch)}; "
+            "these methods have no validation loss"
+        )
+    return pair
+
+
+def images_and_rest(batch: Any) -> tuple[Tensor, Any]:
+    """Images (B, C, H, W) of a batch of prediction, and what comes with them: (images, anything), or images alone, None.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    images, rest = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        raise TypeError(f"prediction takes batches of images (B, C, H, W), or (images, anything), got {_described(batch)}")
+    return images, rest
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"a tensor {tuple(batch.shape)}"
+    if isinstance(batch, list | tuple):
+        return f"{type(batch).__name__} of {', '.join(_described(item) for item in batch[:4])}"
+    return type(batch).__name__

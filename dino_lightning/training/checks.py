@@ -165,7 +165,7 @@ def finds_batch_size(trainer: Trainer) -> bool:
 def check_saving(trainer: Trainer) -> None:
     """Raises ValueError if a checkpoint could be written in the middle of accumulated batches."""
     window, interval, epoch = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
-    if window == 1:
+    if window == 1 or not trainer.checkpoint_callbacks:
         return
     if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
         raise ValueError(
@@ -202,11 +202,12 @@ def warn_of_slow_precision(trainer: Trainer) -> None:
 def warn_of_local_batch_norms(trainer: Trainer, student: nn.Module) -> None:
     """Batch norms of several devices should share their statistics, as in the reference."""
     local = any(isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm) for m in student.modules())
-    if trainer.world_size > 1 and local:
+    if trainer.world_size > 1 and local and trainer.is_global_zero:
+        on_gpus = trainer.strategy.root_device.type == "cuda"
         log.warning(
-            "the batch norms normalise each device's share of a batch by itself; set Trainer(sync_batchnorm=True) to "
-            "have DINO's statistics over all %d devices",
+            "the batch norms normalise each device's share of a batch by itself, where the reference has statistics over all %d devices; %s",
             trainer.world_size,
+            "set Trainer(sync_batchnorm=True)" if on_gpus else "synchronised ones (sync_batchnorm) need GPUs",
         )
 
 

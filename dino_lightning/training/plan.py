@@ -94,7 +94,7 @@ def check_epochs(trainer: Trainer, options: Mapping[str, Any]) -> None:
         for name, epochs in _warmups(options).items():
             if epochs > trainer.max_epochs:
                 raise ValueError(
-                    f"{name}={epochs} is longer than the run of max_epochs={trainer.max_epochs}; shorten the warm-up or train longer"
+                    f"{name}={epochs} is longer than the run of max_epochs={trainer.max_epochs}; shorten it (--model.{name}) or train longer"
                 )
 
 
