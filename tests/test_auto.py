@@ -42,6 +42,9 @@ def test_settings_follow_images_and_device():
     assert "data.local_crops_number" not in million and cifar["data.local_crops_number"] == 0
     assert cifar["model.backbone"]["init_args"]["stem_stride"] == 2 and photos["model.backbone"]["init_args"]["stem_stride"] == 4
     assert "data.blur_p" in cifar and "data.blur_p" not in photos
+    for minutes, stride in ((10, 2), (60, 1)):  # enough to see each image four times at 10 ms, or not
+        _, choices = settings(CIFAR, {"method": "simclr"}, 60 * minutes)
+        assert choices.of("model.backbone")["init_args"] == {"stem_stride": stride, "grid": 2}
     few = chosen(CIFAR._replace(images=100))
     assert few["data.batch_size"] == 8 and few["model.out_dim"] == 64 and chosen(CIFAR._replace(images=3))["data.batch_size"] == 2
     tiny_imagenet, scans = chosen(MILLION._replace(side=64)), chosen(MILLION._replace(side=150))

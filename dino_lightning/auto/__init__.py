@@ -84,7 +84,7 @@ def _chosen(rest: Sequence[str], given: Mapping[str, Any], seconds: float | None
             file=sys.stderr,
             flush=True,
         )
-    method, choices = settings(facts, given)
+    method, choices = settings(facts, given, seconds)
     if facts.memory and method in KNOWN:
         most = run_of(["--config", _recipe(choices), *plain], devices=1).step.largest_batch(_FILLED * facts.memory)
         choices.shrink_batch(most, f"{most} would fill {facts.memory / 2**30:.0f} GiB to four fifths (dino-lightning estimate)")

@@ -10,6 +10,7 @@ from dino_lightning.door import faces
 from dino_lightning.evaluation.collapse import fitting_prototypes
 
 _EPOCHS = 20  # of a run, at least: warm-ups are in epochs
+_WHOLE_EPOCHS = 4  # from which on full resolution pays; an image takes a thread 5 ms in bfloat16, twice that in float32
 _VALIDATIONS, _VALIDATING = 12, 0.1  # at most so many, in so much of the time
 _EVALUATED = 6  # images are evaluated in the time that one is trained on: two views forward and backward, and two of the teacher
 _FEW = 10_000  # images of a bank that is quickly evaluated
@@ -79,18 +80,19 @@ def _parsed(value: Any) -> Any:
         return value
 
 
-def settings(facts: Facts, said: Mapping[str, Any]) -> tuple[str, Choices]:
+def settings(facts: Facts, said: Mapping[str, Any], seconds: float | None = None) -> tuple[str, Choices]:
     """The method, and all but the length of the run.
 
     Args:
         facts: of the run.
         said: what the user gave, by the names of options.
+        seconds: that the run may take, where that is how its length was said.
     """
     choices = Choices(said)
     small = not facts.gpu or facts.side < _LARGE  # a small network, instead of the paper's at its size
     method = _method(choices, facts)
     side = _views(choices, facts, method, small)
-    is_vit = _backbone(choices, facts, method, side, small)
+    is_vit = _backbone(choices, facts, method, side, small, seconds)
     if small:
         for option, value in _ADAMW.items():
             choices.make(f"model.{option}", value, "DINO's, for all methods")
@@ -141,7 +143,7 @@ def _views(choices: Choices, facts: Facts, method: str, small: bool) -> int:
     return side
 
 
-def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: bool) -> bool:
+def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: bool, seconds: float | None) -> bool:
     """Whether it is a ViT, as far as its name tells."""
     if not small:
         name = choices.make("model.backbone", "vit_small", "the paper's smallest network, 22 million parameters")
@@ -155,6 +157,10 @@ def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: boo
         if not facts.gpu:
             options = {"stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
+        whole = _WHOLE_EPOCHS * facts.images * (0.005 if facts.half else 0.01) / facts.threads
+        if method == "simclr" and not facts.gpu and side <= 32 and seconds and seconds >= whole:
+            options["stem_stride"] = 1
+            why += f"; at full resolution, as there is time to see each image {_WHOLE_EPOCHS} times"
         name = choices.make(
             "model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why
         )

@@ -26,6 +26,7 @@ class Facts(NamedTuple):
         memory: bytes of a GPU's memory; 0 without.
         devices: that train, in all.
         half: whether they multiply bfloat16 faster than float32.
+        threads: of a CPU that compute.
     """
 
     images: int
@@ -36,6 +37,7 @@ class Facts(NamedTuple):
     memory: int
     devices: int
     half: bool
+    threads: int = 1
 
     def __str__(self) -> str:
         count = cores()
@@ -64,6 +66,7 @@ def look(data: Mapping[str, Any], trainer: Mapping[str, Any]) -> Facts:
         memory=torch.cuda.get_device_properties(index).total_memory if gpu else 0,
         devices=device_count(trainer["devices"], torch.cuda.device_count() if gpu else 1) * trainer["num_nodes"],
         half=torch.cuda.is_bf16_supported(including_emulation=False) if gpu else _cpu_has_bfloat16(),
+        threads=torch.get_num_threads(),
     )
 
 
