@@ -104,6 +104,7 @@ def test_it_learns_with_a_frozen_teachers_backbone_and_saves_plain_types(tmp_pat
     still = [name for name, value in module.backbone.named_parameters() if torch.equal(value, before[name])]
     assert not still
     assert module.results().last == (1.0, 1.0) and trainer.callback_metrics["val/finetune_top1"] == 1
+    assert trainer.test(module, loader(), verbose=False) == [{"test/finetune_top1": 1.0, "test/finetune_top5": 1.0}]
     trainer.save_checkpoint(tmp_path / "tuned.ckpt")
     assert torch.load(tmp_path / "tuned.ckpt", weights_only=True)["hyper_parameters"]["classes"] == ["dark", "light"]
     loaded = FineTune.load_from_checkpoint(tmp_path / "tuned.ckpt", backbone=vit()).eval()

@@ -171,6 +171,8 @@ def test_last_and_best_epoch_of_each_rate():
     logged = trainer.callback_metrics
     assert logged["val/linear_top1"] == logged["val/linear_top1_lr_0.1"] == 0.5
     assert logged["val/linear_top1_lr_0.2"] == pytest.approx(0.2) and logged["val/linear_top5"] == 1
+    (tested,) = trainer.test(probe, val, verbose=False)
+    assert tested["test/linear_top1_lr_0.1"] == 0.5 and tested["test/linear_top5"] == 1
     state = probe.state_dict()
     fresh = LinearProbe(None, num_classes=3, rates=(0.1, 0.2), in_features=8)
     with pytest.raises(RuntimeError, match="no epoch was validated"):

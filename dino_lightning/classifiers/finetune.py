@@ -24,7 +24,7 @@ class FineTune(LightningModule):
     block towards the input, label smoothing, linear warm-up and cosine per step.
 
     Trains on (images (B, C, H, W), labels (B,)), normalised as for the backbone; samples with label -1 are left out. Logs
-    ``train/loss``, ``val/finetune_top1`` and ``val/finetune_top5`` (fractions). ``module(images)`` gives logits (B, K).
+    ``train/loss``, ``val/finetune_top1`` and ``val/finetune_top5`` (fractions), ``test/...`` in a test run. ``module(images)`` gives logits (B, K).
 
     Args:
         backbone: maps images to features (B, D). All of it is trained (freeze parts of it afterwards, if wanted), with the
@@ -86,14 +86,23 @@ class FineTune(LightningModule):
         labels = without_repeats(labels, self.trainer, batch_idx)
         self.metrics.update(self(images).float(), labels)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log("test")
+
+    def _log(self, stage: str) -> None:
         values = self.metrics.compute()
         self.metrics.reset()
         if self.trainer.sanity_checking:
             return
         if self.trainer.state.fn == "fit":
             self.standings.note(self.current_epoch, torch.stack([values["top1"], values["top5"]])[None])
-        self.log_dict({f"val/finetune_{name}": value for name, value in values.items()}, sync_dist=True)
+        self.log_dict({f"{stage}/finetune_{name}": value for name, value in values.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.hparams

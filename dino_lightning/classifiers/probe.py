@@ -29,7 +29,7 @@ class LinearProbe(LightningModule):
 
     Trains on (images (B, C, H, W), labels (B,)), normalised as for the backbone; or, without one, on (features (B, F),
     labels), extracted once. Samples with label -1 are left out. Logs ``val/linear_top1_lr_RATE`` and ``..._top5_lr_RATE`` for
-    each rate, and ``val/linear_top1`` and ``val/linear_top5`` of the rate that is best in the epoch.
+    each rate, and ``val/linear_top1`` and ``val/linear_top5`` of the rate that is best in the epoch; ``test/...`` in a test run.
 
     Args:
         backbone: maps images to features (B, D). It is frozen, and in evaluation mode whatever the mode of this module. Not
@@ -109,7 +109,16 @@ class LinearProbe(LightningModule):
         for metrics, logits in zip(self.metrics, self(images)):
             metrics.update(logits, labels)
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
     def on_validation_epoch_end(self) -> None:
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log("test")
+
+    def _log(self, stage: str) -> None:
         values = torch.stack([torch.stack([value["top1"], value["top5"]]) for value in (m.compute() for m in self.metrics)])
         for metrics in self.metrics:
             metrics.reset()
@@ -118,8 +127,8 @@ class LinearProbe(LightningModule):
         if self.trainer.state.fn == "fit":
             self.standings.note(self.current_epoch, values)
         named = {f"_lr_{rate:g}": value for rate, value in zip(self.rates, values)} | {"": values[values[:, 0].argmax()]}
-        self.log_dict({f"val/linear_top1{name}": value[0] for name, value in named.items()}, sync_dist=True)
-        self.log_dict({f"val/linear_top5{name}": value[1] for name, value in named.items()}, sync_dist=True)
+        self.log_dict({f"{stage}/linear_top1{name}": value[0] for name, value in named.items()}, sync_dist=True)
+        self.log_dict({f"{stage}/linear_top5{name}": value[1] for name, value in named.items()}, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         epochs = self.trainer.max_epochs
