@@ -572,7 +572,7 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = refuse
 from dino_lightning.cli import main
 try:
-    main(["fit", "--help"])
+    main(["fit", "--help_all"])
 except SystemExit:
     pass
 main(["fit", "--config", "small.yaml", "--data.root", "images", "--trainer.max_epochs", "1", "--model.backbone", "vit_tiny",

@@ -99,15 +99,28 @@ def test_wrong_arguments_are_named_without_torch(tmp_path, monkeypatch):
     Path("wrong.yaml").write_text("data: {bach_size: 3}")
     Path("odd.yaml").write_text("data: {root: [3]}")
     Path("torn.yaml").write_text("data: {batch_size: 3")
-    helps = [["--help"], [], ["--version"], ["knn", "--help"], ["extract", "--help"], ["estimate", "--help"]]
+    helps = [
+        ["--help"],
+        [],
+        ["--version"],
+        ["knn", "--help"],
+        ["extract", "--help"],
+        ["estimate", "--help"],
+        ["fit", "--help"],
+        ["test", "-h", "--method", "simclr"],
+    ]
     answers = lightly(*(args for args, _, _ in WRONG), *helps)
     for (args, code, message), (found, out, said) in zip(WRONG, answers):
         assert (found, out) == (code, "") and message in said, (args, said)
         assert said.startswith("dino-lightning: error: ") and said.count("\n") <= 3
-    everything, nothing, version, knn, extract, estimate = [out for code, out, said in answers[len(WRONG) :] if (code, said) == (0, "")]
+    everything, nothing, version, knn, extract, estimate, fit, simclr = [
+        out for code, out, said in answers[len(WRONG) :] if (code, said) == (0, "")
+    ]
     assert everything == nothing and version == "dino-lightning 0.1.0\n"
     assert "worker processes" in knn and "image files, and folders of them" in extract
     assert "--worker_ms" in estimate and "options of fit" in estimate
+    assert fit.count("\n") < 120 and max(map(len, fit.splitlines())) <= 120 and "  out_dim  " in fit and "  max_bank" in fit
+    assert "accumulate_grad_batches" in fit and "vit_small_boosted" in fit and "  temperature " in simclr and "  out_dim" not in simclr
     with pytest.raises(UsageError, match="did you mean --data.batch_size"):
         main(["fit", "--data.bach_size", "3"])  # the same door in Python
 
@@ -181,7 +194,7 @@ def test_the_door_refuses_nothing_that_the_parser_takes(tmp_path):
         real = {option[2:] for action in parser._actions for option in action.option_strings if option.startswith("--")}
         assert [option for option in real if not faces.options(name).have(option)] == []
         known = {option for option in real if option.count(".") < 2} - {"trainer", "model", "data", "checkpoint"}
-        assert set(faces.options(name).names()) - {"model.in_chans"} <= known, "nor knows more (model.in_chans is linked)"
+        assert set(faces.options(name).names()) - {"model.in_chans", "help_all"} <= known, "nor knows more (model.in_chans is linked)"
     kinds = {"data": 15, "model": 20, "trainer": 20, "checkpoint": 10}
     assert all(len(inspect.signature(stub).parameters) >= kinds[group] for group, stub in faces.stubs().items())
     own = tmp_path / "own.yaml"

@@ -50,7 +50,7 @@ def check(command: str, args: Sequence[str]) -> None:
         raise UsageError("--minutes says how long --config auto may make the run; without that, give --trainer.max_epochs")
     _check_checkpoint(found.get("ckpt_path"))
     asks = any(name.endswith(".help") for name, _ in given)
-    if not asks and not {"--help", "--print_config"} & {name for name, _ in given} and "-h" not in args:
+    if not asks and not {"--help", "--help_all", "--print_config"} & {name for name, _ in given} and "-h" not in args:
         _check_images(command, found)
     _check_values(command, given, method or "dino")
 

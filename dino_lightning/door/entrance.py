@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import dino_lightning
 from dino_lightning import recipes
-from dino_lightning.door import commands, completion, faces
+from dino_lightning.door import brief_help, commands, completion, faces
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.nearest import nearest
 
@@ -38,6 +38,9 @@ def enter(args: Sequence[str]) -> Call | None:
     known = [*faces.COMMANDS, *faces.tools()]
     if command in faces.COMMANDS:
         commands.check(command, rest)
+        if {"--help", "-h"} & {*rest}:
+            _say(brief_help.of(command, commands.said(rest).get("method") or "dino"))
+        args = ["--help" if arg == "--help_all" else arg for arg in args]
     elif not command.startswith("-"):
         if command in recipes.names():
             raise UsageError(f"{command} is a recipe: dino-lightning fit --config {command}")

@@ -32,7 +32,7 @@ _GROUPS = {
     "checkpoint": ("lightning.pytorch.callbacks.model_checkpoint", "ModelCheckpoint"),
 }
 # Those without a group are the arguments of the Trainer's method, and these.
-_ALONE = {"config", "print_config", "help", "seed_everything", "checkpoint_every", "method", "minutes"}
+_ALONE = {"config", "print_config", "help", "help_all", "seed_everything", "checkpoint_every", "method", "minutes"}
 _NOT_OPTIONS = {"self", "model", "datamodule", "train_dataloaders", "val_dataloaders", "dataloaders"}
 
 

@@ -21,6 +21,12 @@ def function(module: str, name: str) -> ast.FunctionDef | None:
     return next((node for node in inside if isinstance(node, ast.FunctionDef) and node.name == (method or owner)), None)
 
 
+def docstring(module: str, name: str) -> str:
+    """Of a function or a class of a module; empty where there is none."""
+    node = _definition(module, name)
+    return (ast.get_docstring(node) or "") if isinstance(node, ast.FunctionDef | ast.ClassDef) else ""
+
+
 def stub(module: str, node: ast.FunctionDef) -> Callable[..., None]:
     """The function with its signature and docstring, doing nothing. What annotations and defaults name is looked up in the sources."""
     bare = copy.copy(node)
