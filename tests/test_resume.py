@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import subprocess
 from datetime import timedelta
 
 import pytest
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from two_ranks import train
 
 from dino_lightning.callbacks import StopOnSignal
+from dino_lightning.training.checkpoint_io import _HOST, sweep
 from dino_lightning.training.loggers import AppendingCSVLogger
 
 
@@ -184,3 +186,13 @@ def test_a_signal_is_heeded_where_every_step_ends_an_epoch(tmp_path, labelled):
     resumed = run(tmp_path, max_epochs=6, ckpt_path=tmp_path / "checkpoints" / "last.ckpt")
     assert resumed["losses"] == whole["losses"][3:]
     assert all(torch.equal(resumed["state"][key], value) for key, value in whole["state"].items())
+
+
+def test_what_another_process_is_writing_is_not_swept(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["true"]) as gone:
+        gone.wait()
+        for writer in (other.pid, gone.pid, os.getpid()):
+            (tmp_path / f".last.ckpt.{writer}@{_HOST}.abc.partial").touch()
+        sweep(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [f".last.ckpt.{other.pid}@{_HOST}.abc.partial"]
+        other.kill()

@@ -3,6 +3,8 @@
 import errno
 import glob
 import os
+import platform
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+_HOST = re.sub(r"\W", "-", platform.node())
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, makes sure it is on the disk, and then renames it over the old one.
 
     Until the rename the earlier checkpoint of that name is untouched; a write that fails leaves nothing behind, a process killed
-    while writing a hidden ``.NAME.*.partial``, which the next start removes. Lightning's own writes through the system's temporary
+    while writing a hidden ``.NAME.PID@HOST.*.partial``, which the next start removes. Lightning's own writes through the system's temporary
     folder, whose move to another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
     """
 
@@ -27,7 +31,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         sweep(path.parent, path.name)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.{os.getpid()}@{_HOST}.", suffix=".partial", delete=False
+        ) as file:
             try:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -54,7 +60,20 @@ def is_full(error: OSError) -> bool:
 def sweep(folder: str | os.PathLike[str], name: str = "") -> None:
     """Removes what processes that were killed while they wrote a checkpoint left of it: of this name, or of any."""
     for left in Path(folder).glob(f".{glob.escape(name) or '*'}.*.partial"):
-        left.unlink(missing_ok=True)
+        if not _is_being_written(left):
+            left.unlink(missing_ok=True)
+
+
+def _is_being_written(partial: Path) -> bool:
+    """Whether another process of this machine that is still there writes it."""
+    writer = re.search(r"\.(\d+)@([^.]+)\.[^.]*\.partial$", partial.name)
+    if writer is None or writer[2] != _HOST or int(writer[1]) == os.getpid() or os.name == "nt":  # where the signal 0 is one
+        return False
+    try:
+        os.kill(int(writer[1]), 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
 
 
 def _is_full(error: Exception, checkpoint: Any, folder: Path) -> bool:
