@@ -106,7 +106,8 @@ class DINOCLI(LightningCLI):
         path = options.get("ckpt_path")
         is_last = path == "last"  # one that is named begins another branch
         if path:
-            path = continuation.checkpoint_at(path, options.trainer.default_root_dir, options.checkpoint.dirpath, options.data.root)
+            images = options.data.root if fits else None  # a checkpoint is applied to any
+            path = continuation.checkpoint_at(path, options.trainer.default_root_dir, options.checkpoint.dirpath, images)
         if is_last:
             rank_zero_info("--ckpt_path last: going on from %s", path)
         if path and Path(path).is_file():
@@ -221,7 +222,8 @@ def _method_of(args: Sequence[str]) -> str:
     path = said.get("ckpt_path")
     if said.get("method") or not path:
         return said.get("method") or "dino"
-    path = continuation.checkpoint_at(path, said.get("trainer.default_root_dir"), said.get("checkpoint.dirpath"), said.get("data.root"))
+    images = said.get("data.root") if "fit" in args else None
+    path = continuation.checkpoint_at(path, said.get("trainer.default_root_dir"), said.get("checkpoint.dirpath"), images)
     return read_checkpoint(path).get("method", "dino") if Path(path).is_file() else "dino"
 
 

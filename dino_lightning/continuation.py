@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from dino_lightning.callbacks.run_config import RunConfig
 from dino_lightning.door.arguments import read_config
 from dino_lightning.door.commands import said
+from dino_lightning.door.errors import UsageError
 
 _CHOSEN = "DINO_LIGHTNING_LAST"  # environment variable: the processes that Lightning starts go on with what rank 0 found
 _LOGGERS = {"TensorBoardLogger": "events.out.tfevents*", "CSVLogger": "*"}  # and what tells their run folders
@@ -24,7 +25,7 @@ def checkpoint_at(path: str, root: str | None, checkpoints: str | None, images: 
 
 def find_last(root: str | None, checkpoints: str | None, images: str | None = None) -> str:
     """The newest ``last*.ckpt`` anywhere below a run's root folder (None: the current one), or where its checkpoints are kept instead; where
-    ``images`` are named, that of a run on these, if there is any.
+    ``images`` are named, of the runs that are not known to be on others, if there are any.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -43,17 +44,25 @@ def find_last(root: str | None, checkpoints: str | None, images: str | None = No
             f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
             "set --trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
-    of_these = [path for path in found if _is_on(path, images)] if images else []
-    if images and not of_these:
-        rank_zero_warn(f"--ckpt_path last: no run below {folders[0]} was on {images}, as far as their config.yaml tell; taking the newest")
-    return str(max(of_these or found, key=lambda path: path.stat().st_mtime))
+    others = {path: root for path in found if images and (root := _other_images(path, images))}
+    of_these = [path for path in found if path not in others]
+    newest = max(of_these or found, key=lambda path: path.stat().st_mtime)
+    if newest in others:
+        rank_zero_warn(
+            f"--ckpt_path last: {newest} is of a run on {others[newest]}, not on {images}; going on with it, as there is no other"
+        )
+    return str(newest)
 
 
-def _is_on(checkpoint: Path, images: str) -> bool:
-    """Whether the run of a checkpoint was on these images."""
-    said = read_config(str(checkpoint.parent.parent / "config.yaml")).get("data")
+def _other_images(checkpoint: Path, images: str) -> str | None:
+    """The folder of images that the run of a checkpoint was on, if it is known and not ``images``."""
+    try:
+        said = read_config(str(checkpoint.parent.parent / "config.yaml")).get("data")
+    except UsageError:  # a file of somebody else's, or not whole
+        return None
     root = said.get("root") if isinstance(said, dict) else None
-    return root is not None and os.path.abspath(os.path.expanduser(str(root))) == os.path.abspath(os.path.expanduser(images))
+    known = isinstance(root, str) and os.path.abspath(os.path.expanduser(root)) != os.path.abspath(os.path.expanduser(images))
+    return root if known else None
 
 
 def restartable(args: Sequence[str]) -> list[str]:

@@ -185,7 +185,7 @@ def test_a_resumed_run_goes_on_in_its_folder(run_dir, caplog, capsys):
     said = capsys.readouterr().out
     assert "16 in 2 classes (a, b) in labelled; val asked" in said and "run folder" in said
     assert re.search(r"k-NN top-1 +[\d.]+ %; [\d.]+ % before the first step", said) and "dino-lightning knn --root labelled" in said
-    assert re.search(r"\ncollapse     none seen: spread of the features 0\.\d\d .*, effective rank in a batch \d", said)
+    assert re.search(r"\ndoctor       too short a run to tell; spread of the features 0\.\d\d .*, effective rank in a batch \d", said)
     run = Path("runs/lightning_logs/version_0")
     before, config = (run / "metrics.csv").read_text().splitlines(), yaml.safe_load((run / "config.yaml").read_text())
     assert config["data"]["root"] == str(root) and config["trainer"]["default_root_dir"] == str(run_dir / "runs")

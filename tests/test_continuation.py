@@ -67,5 +67,10 @@ def test_last_is_that_of_a_run_on_the_same_images(tmp_path):
     runs = str(tmp_path)
     assert continuation.find_last(runs, None, f"{tmp_path}/photos/").startswith(f"{runs}/first/")
     assert continuation.find_last(runs, None).startswith(f"{runs}/second/")
-    with pytest.warns(UserWarning, match="was on elsewhere"):
+    with pytest.warns(UserWarning, match="is of a run on .*others, not on elsewhere"):
         assert continuation.find_last(runs, None, "elsewhere").startswith(f"{runs}/second/")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "last.ckpt").touch()  # kept elsewhere (--checkpoint.dirpath): of which run, its folder does not tell
+    assert continuation.find_last(f"{runs}/first", f"{runs}/apart", f"{tmp_path}/photos") == f"{runs}/apart/last.ckpt"
+    (tmp_path / "second" / "config.yaml").write_text("data: {root:")
+    assert continuation.find_last(f"{runs}/second", None, f"{tmp_path}/photos").startswith(f"{runs}/second/")

@@ -67,7 +67,7 @@ WRONG = [
     (["fit", "photos"], 2, "fit takes options only, got 'photos'; did you mean --data.root photos?"),
     (["fit", "quickstart"], 2, "fit takes options only, got 'quickstart'; did you mean --config quickstart?"),
     (["quickstart"], 2, "quickstart is a recipe: dino-lightning fit --config quickstart"),
-    (["fit", "--config", "quickstart", "--data.root", "."], 2, "there are two sources of images: data.root ., and data.dataset. The quick"),
+    (["fit", "--config", "quickstart", "--data.root", "."], 2, "there are two sources of images: data.root ., and data.dataset (the quickstarts generate"),
     (["knn", "--checkpoint", "RUN/last.ckpt", "--root", "."], 2, "; RUN stands for the folder of a run, such as lightning_logs/version_0"),
     (["fit", "--data.root", ".", "--model.lr", "fast"], 2, "--model.lr takes float, got fast"),
     (["fit", "--data.root", ".", "--trainer.max_epochs=1.5"], 2, "--trainer.max_epochs takes int or null, got 1.5"),

@@ -149,13 +149,13 @@ def test_resnet50(form, tmp_path):
 
 def test_a_small_resnet_comes_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    backbone = shaken(SmallResNet(in_chans=5, widths=(4, 8, 12), stem_stride=4, blocks=2, grid=2)).eval()
+    backbone = shaken(SmallResNet(in_chans=5, widths=(4, 8, 12, 16), stem_stride=2, blocks=4, grid=2)).eval()
     images = torch.randn(2, 5, 64, 64)
     for form in ("torchhub", "safetensors"):
         export(package(backbone, (64, 64))._replace(in_chans=5), form, tmp_path / form)
         assert torch.equal(run_card(tmp_path / form)["backbone"](images), features(backbone, images))
     with pytest.raises(
-        ValueError, match=r"a SmallResNet\(in_chans=5, widths=\(4, 8, 12\), blocks=2\), and do not tell its stem_stride and grid"
+        ValueError, match=r"a SmallResNet\(in_chans=5, widths=\(4, 8, 12, 16\), blocks=4\), and do not tell its stem_stride and grid"
     ):
         load_backbone(tmp_path / "torchhub" / "backbone.pth")
     module = SimCLRModule(backbone, img_size=64, in_chans=5, hidden_dim=8, projection_dim=8)

@@ -460,7 +460,7 @@ def test_what_overrides_would_break_without_a_word_is_named():
 
     for words, methods in {
         "overrides on_train_start; call super": {"on_train_start": lambda self: None},
-        "overrides on_train_start or on_train_batch_start; call super": {"on_train_batch_start": lambda self, batch, batch_idx: None},
+        "with the first batch; Mine overrides that: call super": {"on_train_batch_start": lambda self, batch, batch_idx: None},
         "overrides optimizer_step, and this one did not": {
             "optimizer_step": lambda self, epoch, batch_idx, optimizer, closure: optimizer.step(closure)
         },
@@ -482,7 +482,14 @@ def test_what_overrides_would_break_without_a_word_is_named():
     ):
         fit(module)
     skipped = mine(training_step=lambda self, batch, batch_idx: None)
+    before = {name: value.clone() for name, value in skipped.state_dict().items()}
     fit(skipped)  # as Lightning has it, such a batch is left out
+    assert same(before, skipped.state_dict())
+
+    def every_other_step(self, epoch, batch_idx, optimizer, closure):
+        closure() if batch_idx % 2 else DINOModule.optimizer_step(self, epoch, batch_idx, optimizer, closure)
+
+    assert fit(mine(optimizer_step=every_other_step)).callback_metrics["train/skipped_steps"] == 1
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fit(build_module())

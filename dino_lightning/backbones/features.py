@@ -1,7 +1,7 @@
 """What a backbone makes of images, found by trying."""
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -70,7 +70,7 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
             gives something else than (B, D).
     """
     try:
-        with evaluating(backbone), eagerly():  # a shape that is not met again
+        with evaluating(backbone.modules()), eagerly():  # a shape that is not met again
             features = backbone(images)
     except Exception as error:
         raise ValueError(_fault(backbone, images, error)) from error
@@ -84,9 +84,9 @@ def features_at(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Within it, all modules of a network are in evaluation mode, a teacher's batch norms too; afterwards each is in its own mode again."""
-    modes = {module: module.training for module in network.modules()}
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it, each of these modules is by itself in evaluation mode, a teacher's batch norms too; afterwards in its own mode again."""
+    modes = {module: module.training for module in modules}
     for module in modes:
         module.training = False
     try:

@@ -61,7 +61,7 @@ class CollapseDoctor(Callback):
         options = pl_module.options
         self._out_dim = options.get("out_dim", 1)  # without prototypes their signs are NaN, and verdicts on them cannot be
         self._patch_out_dim = options.get("ibot_out_dim" if options.get("ibot_separate_head") else "out_dim", 1)
-        self._suspected, self._lasted, self._stuck = "", 0, 0
+        self._suspected, self._lasted, self._stuck, self._judged = "", 0, 0, 0
         self._share_used: Tensor | None = None  # known after a window
         self._reading: tuple[LateReading, int] | None = None
         self._begin(pl_module.device)
@@ -116,11 +116,14 @@ class CollapseDoctor(Callback):
             self._tell(trainer, forgetting(before, now.item()))
 
     def summary(self, trainer: Trainer) -> str:
-        """What it has seen, for the end of a run."""
+        """What it has seen, for the end of a run; empty where it saw nothing."""
+        std, rank = (float(trainer.callback_metrics.get(f"train/feature_{name}", math.nan)) for name in ("std", "rank"))
+        if math.isnan(std):
+            return ""
+        numbers = f"spread of the features {std:.2f} (0 if collapsed), effective rank in a batch {rank:.1f} (1 if collapsed)"
         if self._told:
-            return f"{', '.join(self._told)}: see above, and docs/troubleshooting.md"
-        std, rank = (trainer.callback_metrics.get(f"train/feature_{name}", math.nan) for name in ("std", "rank"))
-        return f"none seen: spread of the features {float(std):.2f} (0 if collapsed), effective rank in a batch {float(rank):.1f} (1 if collapsed)"
+            return f"{', '.join(self._told)} (docs/troubleshooting.md); {numbers}"
+        return f"{'nothing wrong seen' if self._judged >= 3 else 'too short a run to tell'}; {numbers}"
 
     def _begin(self, device: torch.device) -> None:
         self._batches = 0
@@ -140,6 +143,7 @@ class CollapseDoctor(Callback):
     def _judge(self, trainer: Trainer) -> None:
         """Says what has lasted. All ranks read the same numbers, so all stop together."""
         (reading, step), self._reading = self._reading, None
+        self._judged += 1
         *numbers, first_std, first_rank = reading.read()
         signs = Signs(*numbers)
         patience = max(3, math.ceil(_PATIENCE * trainer.estimated_stepping_batches / _WINDOW))

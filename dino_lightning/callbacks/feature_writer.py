@@ -31,7 +31,10 @@ class FeatureWriter(BasePredictionWriter):
         folder.mkdir(parents=True, exist_ok=True)
         rank = f".{trainer.global_rank}" if trainer.global_rank else ""
         np.save(folder / f"features{rank}.npy", features)
-        names = "".join(f"{path}\n" for batch in paths for path in batch)
-        (folder / f"paths{rank}.txt").write_text(names, encoding="utf-8")
+        named = None not in paths  # images alone come without
+        if named:
+            names = "".join(f"{path}\n" for batch in paths for path in batch)
+            (folder / f"paths{rank}.txt").write_text(names, encoding="utf-8")
         if trainer.is_global_zero:
-            tqdm.write(f"{len(features)} features written to {folder}: features.npy, and paths.txt with a line for each row")
+            also = ", and paths.txt with a line for each row" if named else ""
+            tqdm.write(f"{len(features)} features written to {folder}: features.npy{also}")

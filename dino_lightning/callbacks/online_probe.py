@@ -90,6 +90,8 @@ class OnlineProbe(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
         # Before DINO's step and so before every checkpoint of it, whatever the order of the callbacks.
+        if not self._sums:  # training steps that gave None
+            return
         flat = all_reduce(torch.cat([value.flatten() for value in self._sums]))
         self._sums = []
         *gradients, loss, count = flat.split([*(p.numel() for p in self._head.parameters()), 1, 1])

@@ -99,8 +99,9 @@ class RunReport(Callback):
         if knn:
             lines["k-NN top-1"] = knn
         doctor = next((callback for callback in trainer.callbacks if isinstance(callback, CollapseDoctor)), None)
-        if doctor and steps:
-            lines["collapse"] = doctor.summary(trainer)
+        verdict = doctor.summary(trainer) if doctor and steps else ""
+        if verdict:
+            lines["doctor"] = verdict
         root = getattr(trainer.datamodule, "root", None)
         if files and root is not None:
             checkpoint = f"--checkpoint {shlex.quote(str(files[0]))}"

@@ -1,5 +1,6 @@
 """The quickstart's report: what a run on the generated scenes learned, in numbers and a picture."""
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,7 +90,9 @@ class SceneReport(Callback):
         path = folder / "pictures" / "before_after.png"
         keep_picture(trainer, path, "pictures/before_after", self._picture(after))
         saved = trainer.checkpoint_callback
-        checkpoint = (saved and (saved.last_model_path or saved.best_model_path)) or "(none was written)"
+        checkpoint = saved and (saved.last_model_path or saved.best_model_path)
+        look = f"""
+  dino-lightning attention PHOTO.jpg --checkpoint {shlex.quote(str(checkpoint))}    # it has seen generated scenes alone: expect little of photographs"""
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))
         print(
             f"""
@@ -99,8 +102,7 @@ class SceneReport(Callback):
 
 k-NN: the share of scenes that have the class of most of their {self.k} nearest. IoU: of each scene the head that overlaps best with the true
 object, 1 is perfect; both networks are measured so. No label was used in training. See what it looks at: {path}
-Try next:
-  dino-lightning attention PHOTO.jpg --checkpoint {checkpoint}    # it has seen generated scenes alone: expect little of photographs
+Try next:{look if checkpoint else ""}
   dino-lightning fit --config auto --minutes 60 --data.root FOLDER    # learns from your own images
 and read docs/tutorial.md and notebooks/02_how_dino_works.ipynb."""
         )

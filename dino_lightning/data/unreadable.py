@@ -49,7 +49,7 @@ class UnreadableLedger:
             return
         too_many = len(lines) > self.max_share * images
         new = lines if too_many else [line for line in lines if line not in self._named]
-        self._named.update(lines)
+        self._named.update(new[:_NAMED])
         named = "\n".join(new[:_NAMED]) + (f"\n... and {len(new) - _NAMED} more" if len(new) > _NAMED else "")
         if trainer.is_global_zero and new:
             log.warning(

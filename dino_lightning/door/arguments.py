@@ -44,4 +44,5 @@ def unknown(what: str, where: str, name: str, names: Collection[str], prefix: st
 def no_checkpoint(path: str) -> str:
     """What to say of a checkpoint that is not there."""
     hint = "; RUN stands for the folder of a run, such as lightning_logs/version_0" if path.startswith("RUN/") else ""
-    return f"there is no checkpoint {path} in {Path.cwd()}{hint}" if not Path(path).is_absolute() else f"there is no checkpoint {path}"
+    where = "" if Path(path).expanduser().is_absolute() else f" in {Path.cwd()}"
+    return f"there is no checkpoint {path}{where}{hint}"

@@ -111,11 +111,11 @@ def _check_images(command: str, given: dict[str, Any]) -> None:
     if root is not None and not is_address(root) and not Path(root).expanduser().exists():
         raise FileNotFoundError(f"there is no image folder {root}: check the path")
     generated = any(name.startswith("data.dataset") and value not in (None, "null") for name, value in sources.items())
-    if root is not None and generated:
-        raise UsageError(
-            f"there are two sources of images: data.root {root}, and data.dataset. The quickstarts generate their images; for yours take "
-            f"--config auto --minutes 60 --data.root {root}, or another recipe"
-        )
     needs = command != faces.LIKE_FIT
+    if needs and root is not None and generated:
+        raise UsageError(
+            f"there are two sources of images: data.root {root}, and data.dataset (the quickstarts generate their images). Take another "
+            "recipe for yours, or add --data.dataset null"
+        )
     if needs and root is None and not generated:
         raise UsageError(f"{command} needs images: add --data.root FOLDER (a folder of images), or data.dataset")

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dino_lightning.data.painting import IMAGENET_MEAN, IMAGENET_STD, channel_numbers, normalize
 from dino_lightning.data.views import EvaluationViews, PredictionViews
+from dino_lightning.data.workers import loader
 
 
 @torch.no_grad()
@@ -38,9 +39,9 @@ def extract_features(
     """
     mean = channel_numbers("mean", mean, IMAGENET_MEAN, in_chans)
     std = channel_numbers("std", std, IMAGENET_STD, in_chans)
-    loader = DataLoader(EvaluationViews(source, size, in_chans), batch_size, num_workers=num_workers)
+    batches = loader(EvaluationViews(source, size, in_chans), batch_size, num_workers)
     features, labels = [], []
-    for images, label in tqdm(loader, desc=progress, disable=progress is None, leave=False):
+    for images, label in tqdm(batches, desc=progress, disable=progress is None, leave=False):
         features.append(network(normalize(images.to(device), mean, std)))
         labels.append(label.to(device))
     return torch.cat(features), torch.cat(labels)
@@ -71,8 +72,8 @@ def features_with_paths(
         start: index of the first image.
     """
     views = PredictionViews(source, size, in_chans)
-    loader = DataLoader(views, batch_size, sampler=range(start, len(views)), num_workers=num_workers, collate_fn=views.collate)
-    for images, paths in loader:
+    batches = loader(views, batch_size, num_workers, sampler=range(start, len(views)), collate_fn=views.collate)
+    for images, paths in batches:
         yield network(normalize(images.to(device), mean, std)) if paths else None, paths
 
 

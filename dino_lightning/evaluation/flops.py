@@ -27,6 +27,6 @@ def count_flops(network: nn.Module, call: Callable[[], Any]) -> int:
     The network is left in the modes it was in; batch norms take no part.
     """
     # Compiled code would not be counted, nor by some versions of torch attention that is fused on a CPU.
-    with evaluating(network), eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with evaluating(network.modules()), eagerly(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()

@@ -214,7 +214,11 @@ class Method(LightningModule):
         """
         if self._plan is None:
             if self._trainer is not None and self._trainer.training:
-                raise RuntimeError(f"{type(self).__name__} overrides on_train_start or on_train_batch_start; call super() in it")
+                overrides = type(self).on_train_batch_start is not Method.on_train_batch_start
+                raise RuntimeError(
+                    "the plan of a run is made in the module's on_train_batch_start, with the first batch"
+                    + f"; {type(self).__name__} overrides that: call super() in it" * overrides
+                )
             raise RuntimeError(
                 f"{type(self).__name__} trains in a Trainer, which tells it the length of the run: Trainer(...).fit(module, loader). "
                 "In a loop of your own use the parts: DINOLoss, DINOHead, VisionTransformer, dino_lightning.losses and "
@@ -316,7 +320,7 @@ class Method(LightningModule):
             return
         self._guard.check(self._trainer)
         step, self._finished_step = self.global_step - 1, self.global_step
-        if self._rated_step != step:
+        if self._optimizer_stepped and self._rated_step != step:
             raise RuntimeError(
                 f"{type(self).__name__} overrides optimizer_step, and this one did not set the step's learning rate and weight decay; call "
                 "super().optimizer_step(...) in it. (set_rates is what to override for others)"
@@ -413,9 +417,12 @@ class Method(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("method", "dino")
         if saved != self.method:
+            told = (
+                f"of the method {saved!r}" if "method" in checkpoint else "of no method that it names (call super() in on_save_checkpoint)"
+            )
+            use = f"dino_lightning.{METHODS[saved]}" if "method" in checkpoint and saved in METHODS else "the class that trained it"
             raise ValueError(
-                f"this checkpoint is of the method {saved!r}, {type(self).__name__} is {self.method!r}; use dino_lightning.{METHODS.get(saved)}, "
-                "or load_backbone for the backbone alone"
+                f"this checkpoint is {told}, {type(self).__name__} is {self.method!r}; use {use}, or load_backbone for the backbone alone"
             )
         self.started_from = checkpoint.get("started_from")
         self._seed = checkpoint.get("drop_path_seed")

@@ -51,7 +51,8 @@ def images_and_rest(batch: Any) -> tuple[Tensor, Any]:
     Raises:
         TypeError: for anything else.
     """
-    images, rest = batch if isinstance(batch, list | tuple) and len(batch) == 2 else (batch, None)
+    pair = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+    images, rest = (*pair, None) if len(pair) == 1 else pair if len(pair) == 2 else (None, None)
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise TypeError(f"prediction takes batches of images (B, C, H, W), or (images, anything), got {_described(batch)}")
     return images, rest

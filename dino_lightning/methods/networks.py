@@ -52,8 +52,8 @@ class Network(nn.Module):
         return torch.cat(features)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) → features (B, D), in evaluation mode whatever the network's is: of the batch norms' running statistics."""
-        with evaluating(self.backbone), eagerly():  # its batches have other shapes, each of which would be compiled
+        """Images (B, C, H, W) → features (B, D), with the batch norms' running statistics."""
+        with evaluating(batch_norms(self.backbone)), eagerly():  # its batches have other shapes, each of which would be compiled
             return self.backbone(images)
 
 

@@ -165,7 +165,7 @@ def finds_batch_size(trainer: Trainer) -> bool:
 def check_saving(trainer: Trainer) -> None:
     """Raises ValueError if a checkpoint could be written in the middle of accumulated batches."""
     window, interval, epoch = trainer.accumulate_grad_batches, trainer.val_check_batch, trainer.num_training_batches
-    if window == 1 or not trainer.checkpoint_callbacks:
+    if window == 1:
         return
     if any(getattr(callback, "_train_time_interval", None) for callback in trainer.checkpoint_callbacks):
         raise ValueError(

@@ -45,7 +45,8 @@ def load_backbone(
 ) -> nn.Module:
     """A trained backbone, in evaluation mode: images (B, C, H, W) → features (B, D).
 
-    ViTs become a ``VisionTransformer``, which takes any size that its patches divide, ResNets that of torchvision. The log says
+    ViTs become a ``VisionTransformer``, which takes any size that its patches divide, ResNets that of torchvision, what ``cpu`` and ``auto``
+    train without a GPU a ``SmallResNet``. The log says
     how many tensors matched, and what was left over. For other numbers of channels the first convolution is adapted: for one
     channel its weights are summed over red, green and blue; for n, they are repeated in turn, times 3/n.
 
@@ -63,7 +64,7 @@ def load_backbone(
     Raises:
         FileNotFoundError: if there is no such source.
         ConnectionError: if a published one cannot be downloaded, saying where to put the file.
-        ValueError: if the source holds no weights of a ViT or ResNet, not all of them, or such of other shapes.
+        ValueError: if the source holds no weights of such a network, not all of them, or such of other shapes.
     """
     found = open_source(source, network)
     facts = {**found.facts, **({"num_heads": num_heads} if num_heads else {})}
@@ -203,7 +204,7 @@ def _check_features(module: nn.Module, backbone: nn.Module, name: str) -> None:
     channels = first_convolution(backbone)[1].in_channels
     weight = next(module.parameters())
     images = torch.randn(1, channels, *size, generator=random)
-    with evaluating(module):
+    with evaluating(module.modules()):
         expected = _features_of(module, images.to(weight))
     if expected is None:
         return

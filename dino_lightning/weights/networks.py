@@ -89,7 +89,7 @@ def network_for(
         return SmallResNet(**arguments)
     raise ValueError(
         f"these are weights neither of a ViT (pos_embed, patch_embed.proj.weight, blocks.0...) nor of a ResNet (conv1.weight, "
-        f"layer1.0...), but {', '.join(list(weights)[:5])}"
+        f"layer1.0...) nor of a SmallResNet (stages.0.0.weight), but {', '.join(list(weights)[:5])}"
     )
 
 
@@ -103,7 +103,8 @@ def resnet_name(backbone: nn.Module) -> str | None:
 
 def small_resnet_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Those arguments of the SmallResNet of these weights that they tell."""
-    stages = [value for name, value in weights.items() if re.fullmatch(r"stages\.\d+\.0\.weight", name)]
+    names = [name for name in weights if re.fullmatch(r"stages\.\d+\.0\.weight", name)]
+    stages = [weights[name] for name in sorted(names, key=lambda name: int(name.split(".")[1]))]  # safetensors sorts 11 before 6
     branches = sum(name.endswith(".branch.0.0.weight") for name in weights)
     return {
         "in_chans": stages[0].shape[1],
