@@ -76,7 +76,7 @@ class AttentionMaps(Callback):
             self._images = None
             return
         maps = maps.cpu()
-        coarse = "; few places, dino-lightning attention --image_size 256 shows more" if max(maps.shape[-2:]) < 5 else ""
+        coarse = "; few places, attention --image_size 256 shows more" if max(maps.shape[-2:]) < 4 else ""
         title = f"step {step}; masks: the patches that hold {self.mass:.0%} of {what}{coarse}"
         pictures = {
             "attention": attention_sheet(self._images, maps, mass_mask(maps, self.mass), names, [""] * len(maps), title),
