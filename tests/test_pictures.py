@@ -319,7 +319,7 @@ def test_scene_report_says_what_evaluation_says(tmp_path, capsys):
     overlaps = next(line for line in said.splitlines() if line.startswith("attention on object (IoU)")).split()
     assert overlaps[-2:] == [f"{iou_before:.2f}", f"{iou_after:.2f}"] and iou_before != iou_after
     (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert f"The checkpoint: {checkpoint}" in said
+    assert f"--checkpoint {checkpoint}" in said
     assert Image.open(tmp_path / "pictures/before_after.png").width > 8 * 112
 
 
