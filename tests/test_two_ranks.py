@@ -138,7 +138,7 @@ def test_a_cnn_on_two_ranks_uses_every_parameter(two):
     results, said = two
     first, second = (rank["state"] for rank in results["cnn"])
     assert all(torch.equal(first[key], second[key]) for key in first if "running" not in key)
-    assert "set Trainer(sync_batchnorm=True)" in said
+    assert "over all 2 devices; synchronised ones (sync_batchnorm) need GPUs" in said
 
 
 def test_synchronised_batch_norms_have_the_statistics_of_one_process(one, two):
