@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from dino_lightning import VisionTransformer
+from dino_lightning import SimCLRModule, VisionTransformer
 from dino_lightning.callbacks import CollapseDoctor, Throughput
 from dino_lightning.methods import METHODS, home, method_class
 from dino_lightning.methods.base import Method, plain
@@ -91,3 +91,12 @@ def test_methods_are_found_by_name():
         assert (found.__module__, found.__name__) == home(name) and found.__name__ == owner and found.method == name
     with pytest.raises(ValueError, match="no method 'dinov3'; there are dino, dinov2"):
         method_class("dinov3")
+
+
+def test_features_have_a_gradient_through_recomputed_blocks():
+    """The blocks are computed again in the mode that they were in."""
+    backbone = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.5)
+    module = SimCLRModule(backbone, img_size=32, hidden_dim=16, projection_dim=8).train()
+    backbone.activation_checkpointing = True
+    module(torch.rand(4, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
