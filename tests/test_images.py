@@ -18,10 +18,11 @@ from dino_lightning.callbacks import AttentionMaps, SceneReport
 from dino_lightning.data import Scenes
 
 SCRIPT = """
+from pathlib import Path
 from types import SimpleNamespace
 import wandb
 from PIL import Image
-from dino_lightning.callbacks.images import log_picture
+from dino_lightning.callbacks.images import keep_picture
 from dino_lightning.cli import main
 from dino_lightning.training.loggers import WandbLogger
 
@@ -33,7 +34,8 @@ for last in (6, 9):
     logger = WandbLogger(save_dir="resumed", id="one")
     for step in range(3, last + 1, 3):
         for key in ("pictures/attention", "pictures/pca"):
-            log_picture(SimpleNamespace(loggers=[logger], global_step=step), key, Image.new("RGB", (step, 4)))
+            trainer = SimpleNamespace(loggers=[logger], global_step=step)
+            keep_picture(trainer, Path("resumed", f"{key}_{step}.png"), key, Image.new("RGB", (step, 4)))
     logger.experiment.finish()
 """
 
