@@ -75,7 +75,8 @@ def test_points_of_a_plane_are_principal_components(shape):
 @pytest.mark.slow
 @pytest.mark.skipif(not has_umap(), reason="umap-learn is not installed")
 def test_umap_keeps_neighbours():
-    features, labels = blobs(80)
+    _, labels = blobs(80)  # well apart in twelve dimensions: all neighbours there are of one class
+    features = 4 * torch.eye(4, 12)[labels] + 0.5 * torch.randn(80, 12, generator=torch.Generator().manual_seed(0))
     found = plane_umap(features)
     order = torch.cdist(found, found).argsort(dim=1)
-    assert found.shape == (80, 2) and (labels[order[:, 1]] == labels).float().mean() > 0.8, "by chance a quarter"
+    assert found.shape == (80, 2) and (labels[order[:, 1]] == labels).float().mean() > 0.95, "by chance a quarter"
