@@ -34,10 +34,11 @@ from dino_lightning.callbacks import (
 )
 from dino_lightning.data.datamodule import MultiCropDataModule
 from dino_lightning.door import commands
+from dino_lightning.door.brief_help import OWN
 from dino_lightning.door.entrance import Call, enter, table
 from dino_lightning.door.errors import UsageError
 from dino_lightning.door.parser_errors import brief
-from dino_lightning.methods import METHODS, method_class
+from dino_lightning.methods import method_class
 from dino_lightning.methods.base import Method
 from dino_lightning.tools import TOOLS
 from dino_lightning.training.checks import check_crops
@@ -88,15 +89,9 @@ class DINOCLI(LightningCLI):
         every_epoch = {"filename": "last", "enable_version_counter": False, "save_on_train_epoch_end": True}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in every_epoch.items()})
         parser.set_defaults({f"data.{name}": value for name, value in method_class(self._method).data.items()})
-        parser.add_argument("--minutes", type=float, help="of the run that --config auto chooses settings for")
-        methods = f"how to train: {', '.join(METHODS)}, each with options of its own"
-        parser.add_argument("--method", type=str, default=self._method, help=methods)
-        parser.add_argument(
-            "--checkpoint_every",
-            type=float,
-            default=10.0,
-            help="minutes between two checkpoints within an epoch, which a run that was killed goes on from; 0 is never",
-        )
+        parser.add_argument("--minutes", type=float, help=OWN["minutes"])
+        parser.add_argument("--method", type=str, default=self._method, help=OWN["method"])
+        parser.add_argument("--checkpoint_every", type=float, default=10.0, help=OWN["checkpoint_every"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Takes what the arguments leave open from the checkpoint they name; what they say wins."""

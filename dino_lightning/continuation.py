@@ -44,14 +44,13 @@ def find_last(root: str | None, checkpoints: str | None, images: str | None = No
             f"--ckpt_path last: there is no last.ckpt below {' or '.join(str(Path(folder).resolve()) for folder in folders)}; "
             "set --trainer.default_root_dir to the folder of the earlier run, or name the file"
         )
-    others = {path: root for path in found if images and (root := _other_images(path, images))}
-    of_these = [path for path in found if path not in others]
-    newest = max(of_these or found, key=lambda path: path.stat().st_mtime)
-    if newest in others:
-        rank_zero_warn(
-            f"--ckpt_path last: {newest} is of a run on {others[newest]}, not on {images}; going on with it, as there is no other"
-        )
-    return str(newest)
+    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in found:
+        if not images or not _other_images(path, images):
+            return str(path)
+    others = _other_images(found[0], images)
+    rank_zero_warn(f"--ckpt_path last: {found[0]} is of a run on {others}, not on {images}; going on with it, as there is no other")
+    return str(found[0])
 
 
 def _other_images(checkpoint: Path, images: str) -> str | None:

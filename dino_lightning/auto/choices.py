@@ -10,7 +10,7 @@ from dino_lightning.door import faces
 from dino_lightning.evaluation.collapse import fitting_prototypes
 
 _EPOCHS = 20  # of a run, at least: warm-ups are in epochs
-_WHOLE_EPOCHS = 4  # from which on full resolution pays; an image takes a thread 5 ms in bfloat16, twice that in float32
+_WHOLE_EPOCHS = 4  # from which on full resolution pays
 _VALIDATIONS, _VALIDATING = 12, 0.1  # at most so many, in so much of the time
 _EVALUATED = 6  # images are evaluated in the time that one is trained on: two views forward and backward, and two of the teacher
 _FEW = 10_000  # images of a bank that is quickly evaluated
@@ -157,10 +157,11 @@ def _backbone(choices: Choices, facts: Facts, method: str, side: int, small: boo
         if not facts.gpu:
             options = {"stem_stride": min(4, max(1, side // 16)), "grid": 2 if side >= 16 else 1}
         why = f"few images and little time teach a CNN more than a ViT ({_OURS})"
-        whole = _WHOLE_EPOCHS * facts.images * (0.005 if facts.half else 0.01) / facts.threads
-        if method == "simclr" and not facts.gpu and 1 < options["stem_stride"] <= 2 and seconds and seconds >= whole:
+        cost = 5 if facts.half else 10  # ms of a thread for an image at full resolution
+        whole = _WHOLE_EPOCHS * facts.images * cost / 1000 / facts.threads
+        if method == "simclr" and not facts.gpu and options["stem_stride"] == 2 and seconds and seconds >= whole:
             options["stem_stride"] = 1
-            why += f"; at full resolution, as there is time to see each image {_WHOLE_EPOCHS} times, at {5 if facts.half else 10} ms of a thread each"
+            why += f"; at full resolution, as there is time to see each image {_WHOLE_EPOCHS} times, at {cost} ms of a thread each"
         name = choices.make(
             "model.backbone", {"class_path": "dino_lightning.backbones.small_resnet.SmallResNet", "init_args": options}, why
         )

@@ -91,8 +91,11 @@ class SceneReport(Callback):
         keep_picture(trainer, path, "pictures/before_after", self._picture(after))
         saved = trainer.checkpoint_callback
         checkpoint = saved and (saved.last_model_path or saved.best_model_path)
-        look = f"""
-  dino-lightning attention PHOTO.jpg --checkpoint {shlex.quote(str(checkpoint))}    # it has seen generated scenes alone: expect little of photographs"""
+        commands = ["fit --config auto --minutes 60 --data.root FOLDER    # learns from your own images"]
+        if checkpoint:
+            expect = "it has seen generated scenes alone: expect little of photographs"
+            commands.insert(0, f"attention PHOTO.jpg --checkpoint {shlex.quote(checkpoint)}    # {expect}")
+        next_steps = "".join(f"\n  dino-lightning {command}" for command in commands)
         before_iou, after_iou = (sight.iou.amax(dim=1).mean() for sight in (self._before, after))
         print(
             f"""
@@ -102,8 +105,7 @@ class SceneReport(Callback):
 
 k-NN: the share of scenes that have the class of most of their {self.k} nearest. IoU: of each scene the head that overlaps best with the true
 object, 1 is perfect; both networks are measured so. No label was used in training. See what it looks at: {path}
-Try next:{look if checkpoint else ""}
-  dino-lightning fit --config auto --minutes 60 --data.root FOLDER    # learns from your own images
+Try next:{next_steps}
 and read docs/tutorial.md and notebooks/02_how_dino_works.ipynb."""
         )
 

@@ -1,4 +1,4 @@
-"""Worker processes of a loader: they outlive the signals that a cluster sends to a whole job, and never their parent."""
+"""Loaders, and their worker processes: these outlive the signals that a cluster sends to a whole job, and never their parent."""
 
 import os
 import signal

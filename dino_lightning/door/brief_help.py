@@ -9,12 +9,12 @@ from dino_lightning.door import faces
 from dino_lightning.door.sources import docstring
 from dino_lightning.methods import METHODS, home
 
-_OWN = {
+OWN = {  # options of fit that are neither Lightning's nor of a class
     "config": "a recipe, a YAML file, or auto; several add up, and what is said later wins",
     "method": f"how to train: {', '.join(METHODS)}; each has --model options of its own",
     "minutes": "of the run that --config auto chooses settings for",
     "ckpt_path": "last, or a checkpoint to go on from",
-    "checkpoint_every": "minutes between two checkpoints within an epoch; 0 is never",
+    "checkpoint_every": "minutes between two checkpoints within an epoch, which a killed run goes on from; 0 is never",
     "seed_everything": "of weights, order and augmentation",
     "print_config": "shows all options with their values, instead of running",
     "help_all": "explains all options, Lightning's too",
@@ -28,16 +28,15 @@ def of(command: str, method: str) -> str:
     """Its options: ours each with a line, Lightning's by name."""
     known = faces.options(command, method).groups
     shown = {
-        "options": {f"--{name}": text for name, text in _OWN.items()},
+        "options": {f"--{name}": text for name, text in OWN.items()},
         "--data.NAME: images and views": _lines("dino_lightning.data.datamodule", "MultiCropDataModule", known["data"]),
         f"--model.NAME: of {method} (another: --method NAME --help)": _lines(*home(method), known["model"]),
     }
     listed = "\n\n".join(f"{title}:\n" + "\n".join(_row(name, text) for name, text in rows.items()) for title, rows in shown.items())
     theirs = "\n\n".join(
-        f"--{group}.NAME: of Lightning's {owner}:\n{textwrap.fill(', '.join(sorted(known[group] or ())), 118, initial_indent='  ', subsequent_indent='  ')}"
+        f"--{group}.NAME: of Lightning's {owner}:\n{_filled(sorted(known[group] or ()))}"
         for group, owner in (("trainer", "Trainer"), ("checkpoint", "ModelCheckpoint"))
     )
-    names = textwrap.fill(", ".join([recipes.AUTO, *recipes.names()]), 118, initial_indent="  ", subsequent_indent="  ")
     return f"""usage: dino-lightning {command} [options]
 
 {faces.COMMANDS[command]}
@@ -49,13 +48,17 @@ def of(command: str, method: str) -> str:
 {theirs}
 
 recipes for --config (dino-lightning --help says what they are for):
-{names}"""
+{_filled([recipes.AUTO, *recipes.names()])}"""
 
 
 def _lines(module: str, owner: str, names: set[str] | None) -> dict[str, str]:
     """The options that a class explains, each with the beginning of its explanation."""
     explained = docstring_parser.parse(docstring(module, owner)).params
     return {p.arg_name: " ".join((p.description or "").split()) for p in explained if p.arg_name in (names or ())}
+
+
+def _filled(names: list[str]) -> str:
+    return textwrap.fill(", ".join(names), 118, initial_indent="  ", subsequent_indent="  ")
 
 
 def _row(name: str, text: str) -> str:

@@ -30,7 +30,7 @@ def script(shell: str | None) -> str:
 
 def _parser(files: dict[str, str]) -> argparse.ArgumentParser:
     """What there is to complete, as an argparse parser that never parses."""
-    parser = argparse.ArgumentParser("dino-lightning", description="DINO and DINOv2: self-supervised learning on a folder of images.")
+    parser = argparse.ArgumentParser("dino-lightning")
     parser.add_argument("--version", action="store_true", help="says the version")
     commands = parser.add_subparsers()
     like_fit = {**faces.COMMANDS, faces.LIKE_FIT: faces.summary(faces.LIKE_FIT)}

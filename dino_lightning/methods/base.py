@@ -417,12 +417,11 @@ class Method(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("method", "dino")
         if saved != self.method:
-            told = (
-                f"of the method {saved!r}" if "method" in checkpoint else "of no method that it names (call super() in on_save_checkpoint)"
-            )
-            use = f"dino_lightning.{METHODS[saved]}" if "method" in checkpoint and saved in METHODS else "the class that trained it"
+            named = METHODS.get(checkpoint.get("method", ""))  # none where on_save_checkpoint was overridden without super()
+            use = f"dino_lightning.{named}" if named else "the class that trained it"
             raise ValueError(
-                f"this checkpoint is {told}, {type(self).__name__} is {self.method!r}; use {use}, or load_backbone for the backbone alone"
+                f"this checkpoint is of the method {saved!r}, {type(self).__name__} is {self.method!r}; use {use}, or load_backbone for the "
+                "backbone alone"
             )
         self.started_from = checkpoint.get("started_from")
         self._seed = checkpoint.get("drop_path_seed")

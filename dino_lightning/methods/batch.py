@@ -51,8 +51,11 @@ def images_and_rest(batch: Any) -> tuple[Tensor, Any]:
     Raises:
         TypeError: for anything else.
     """
-    pair = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-    images, rest = (*pair, None) if len(pair) == 1 else pair if len(pair) == 2 else (None, None)
+    match batch:
+        case [images, rest]:
+            pass
+        case [images] | images:
+            rest = None
     if not isinstance(images, Tensor) or images.ndim != 4:
         raise TypeError(f"prediction takes batches of images (B, C, H, W), or (images, anything), got {_described(batch)}")
     return images, rest

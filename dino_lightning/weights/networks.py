@@ -29,15 +29,14 @@ def facts_of(backbone: nn.Module) -> dict[str, Any]:
         return {"stem_stride": first_convolution(backbone)[1].stride[0], "grid": backbone.grid}
     if not isinstance(backbone, VisionTransformer):
         return {}
-    vit = backbone
     return {
-        "img_size": [side * vit.patch_size for side in vit.grid],
-        "num_heads": vit.blocks[0].attn.num_heads,
-        "norm_eps": vit.norm.eps,
-        "position_offset": vit.position_offset,
-        "position_antialias": vit.position_antialias,
-        "mask_token": vit.mask_token is not None,  # published files have one as well, which features do not need
-        "drop_path_uniform": vit.drop_path_uniform,
+        "img_size": [side * backbone.patch_size for side in backbone.grid],
+        "num_heads": backbone.blocks[0].attn.num_heads,
+        "norm_eps": backbone.norm.eps,
+        "position_offset": backbone.position_offset,
+        "position_antialias": backbone.position_antialias,
+        "mask_token": backbone.mask_token is not None,  # published files have one as well, which features do not need
+        "drop_path_uniform": backbone.drop_path_uniform,
     }
 
 
