@@ -153,7 +153,9 @@ def train(tmp_path, doctor, n_samples=16, augmented=False, method=DINOModule, **
 
 
 def test_a_verdict_is_told_once_on_the_console_and_in_the_log(tmp_path, caplog):
-    trainer, rows = train(tmp_path, CollapseDoctor())
+    doctor = CollapseDoctor()
+    trainer, rows = train(tmp_path, doctor)
+    assert doctor.summary(trainer).startswith("nothing_to_learn (docs/troubleshooting.md); spread of the features 0.")
     told = [record.message for record in caplog.records if record.name.startswith("dino_lightning.callbacks.doctor")]
     assert len(told) == 1 and "step 61: nothing to learn" in told[0] and "Switch the augmentation on" in told[0]
     marked = [row["step"] for row in rows if row["doctor/nothing_to_learn"]]
@@ -169,7 +171,9 @@ def test_it_can_stop_the_run(tmp_path, caplog):
 
 
 def test_a_run_with_augmentation_is_not_accused(tmp_path, caplog):
-    train(tmp_path, CollapseDoctor(stop=True), augmented=True)
+    doctor = CollapseDoctor(stop=True)
+    trainer, _ = train(tmp_path, doctor, augmented=True)
+    assert doctor.summary(trainer).startswith("nothing wrong seen; spread of the features 0.")
     assert "dino_lightning.callbacks.doctor" not in {record.name for record in caplog.records}
 
 

@@ -72,6 +72,11 @@ def test_the_same_numbers_as_predict(photos, checkpoint):
     extract("photos", checkpoint=checkpoint, output="out", batch_size=4)
     for name in ("features.npy", "paths.txt"):
         assert files("predicted")[name] == files("out")[name]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[FeatureWriter()],
+                      default_root_dir="alone")  # fmt: skip
+    images = DataLoader(TensorDataset(torch.rand(3, 3, 32, 32)), batch_size=2)
+    trainer.predict(DINOModule.load_from_checkpoint(checkpoint), images, return_predictions=False)
+    assert list(files("alone")) == ["features.npy"] and np.load("alone/features.npy").shape == (3, 24), "which have no paths"
 
 
 def test_patches_and_layers(photos, checkpoint):

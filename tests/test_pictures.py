@@ -126,6 +126,8 @@ def test_examples_are_evenly_spaced_queries_or_training_images(tmp_path, image_f
     files = sorted(image_folder.iterdir())
     assert torch.equal(views[1], center_view(read_image(files[6]), (32, 32)))
     assert len(unlabelled.examples(100)) == 24
+    files[6].write_text("not an image")
+    assert torch.equal(unlabelled.examples(4)[1], center_view(read_image(files[7]), (32, 32))), "the next one, and not a black one"
     for split, first in (("train", 0), ("val", 50)):
         write_images(tmp_path / "labelled" / split / "a", 8, first=first)
         write_images(tmp_path / "labelled" / split / "b", 8, first=first + 20)

@@ -138,6 +138,7 @@ def test_a_cnn_on_two_ranks_uses_every_parameter(two):
     results, said = two
     first, second = (rank["state"] for rank in results["cnn"])
     assert all(torch.equal(first[key], second[key]) for key in first if "running" not in key)
+    assert "no optimizer holds" not in said and "have no effect" not in said, "of any method, in shards or not"
     assert "over all 2 devices; synchronised ones (sync_batchnorm) need GPUs" in said
 
 

@@ -11,10 +11,10 @@ from dino_lightning.methods import METHODS, home
 
 OWN = {  # options of fit that are neither Lightning's nor of a class
     "config": "a recipe, a YAML file, or auto; several add up, and what is said later wins",
-    "method": f"how to train: {', '.join(METHODS)}; each has --model options of its own",
+    "method": f"how to train: {', '.join(METHODS)}, each with --model options",
     "minutes": "of the run that --config auto chooses settings for",
     "ckpt_path": "last, or a checkpoint to go on from",
-    "checkpoint_every": "minutes between two checkpoints within an epoch, which a killed run goes on from; 0 is never",
+    "checkpoint_every": "minutes between two checkpoints within an epoch; 0 is never",
     "seed_everything": "of weights, order and augmentation",
     "print_config": "shows all options with their values, instead of running",
     "help_all": "explains all options, Lightning's too",
