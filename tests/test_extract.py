@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import write_images
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from dino_lightning import DINOModule, MultiCropDataModule
 from dino_lightning.callbacks import FeatureWriter
