@@ -14,8 +14,8 @@ class OnlineKNN(Callback):
     ``val/rank_me``, the effective rank of the bank's features; ``test/...`` in a test run.
 
     With ``Trainer(num_sanity_val_steps=-1)`` also before the first step: what a run that starts from weights must not lose.
-    Exact on any number of ranks. Without labelled loaders it does nothing (with one alone it says so); ``Trainer(check_val_every_n_epoch=n)`` says how
-    often it runs.
+    Exact on any number of ranks. Without labelled loaders it does nothing (with one alone it says so);
+    ``Trainer(check_val_every_n_epoch=n)`` says how often it runs.
 
     Args:
         k: neighbours; clamped to the size of the bank.

@@ -24,7 +24,8 @@ class FineTune(LightningModule):
     block towards the input, label smoothing, linear warm-up and cosine per step.
 
     Trains on (images (B, C, H, W), labels (B,)), normalised as for the backbone; samples with label -1 are left out. Logs
-    ``train/loss``, ``val/finetune_top1`` and ``val/finetune_top5`` (fractions), ``test/...`` in a test run. ``module(images)`` gives logits (B, K).
+    ``train/loss``, ``val/finetune_top1`` and ``val/finetune_top5`` (fractions), ``test/...`` in a test run. ``module(images)`` gives
+    logits (B, K).
 
     Args:
         backbone: maps images to features (B, D). All of it is trained (freeze parts of it afterwards, if wanted), with the

@@ -20,8 +20,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary file in the same folder, makes sure it is on the disk, and then renames it over the old one.
 
     Until the rename the earlier checkpoint of that name is untouched; a write that fails leaves nothing behind, a process killed
-    while writing a hidden ``.NAME.PID@HOST.*.partial``, which the next start removes. Lightning's own writes through the system's temporary
-    folder, whose move to another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
+    while writing a hidden ``.NAME.PID@HOST.*.partial``, which the next start removes. Lightning's own writes through the system's
+    temporary folder, whose move to another disk is a copy, and does not wait for the disk. Addresses (s3://...) are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:

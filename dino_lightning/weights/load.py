@@ -46,9 +46,9 @@ def load_backbone(
     """A trained backbone, in evaluation mode: images (B, C, H, W) → features (B, D).
 
     ViTs become a ``VisionTransformer``, which takes any size that its patches divide, ResNets that of torchvision, what ``cpu`` and ``auto``
-    train without a GPU a ``SmallResNet``. The log says
-    how many tensors matched, and what was left over. For other numbers of channels the first convolution is adapted: for one
-    channel its weights are summed over red, green and blue; for n, they are repeated in turn, times 3/n.
+    train without a GPU a ``SmallResNet``. The log says how many tensors matched, and what was left over. For other numbers of channels the
+    first convolution is adapted: for one channel its weights are summed over red, green and blue; for n, they are repeated in turn, times
+    3/n.
 
     Args:
         source: a file (``.pth``, ``.ckpt``, ``.bin``, ``.safetensors``) of the reference, with the backbone alone or a whole

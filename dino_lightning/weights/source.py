@@ -15,9 +15,9 @@ from dino_lightning.weights.published import PUBLISHED, fetch, remember
 
 
 class Source(NamedTuple):
-    """``backbone``: weights in our names; ``plain``: in their own; ``head``: of the projection head, empty without; ``facts``: what else is
-    known of the network; ``center``: of the loss, None without; ``name``: for people; ``published``: whether nothing may be left over but a classifier;
-    ``module``: the network of another library that the weights are of, to compare features with.
+    """``backbone``: weights in our names; ``plain``: in their own; ``head``: of the projection head, empty without; ``facts``: what else
+    is known of the network; ``center``: of the loss, None without; ``name``: for people; ``published``: whether nothing may be left over
+    but a classifier; ``module``: the network of another library that the weights are of, to compare features with.
     """
 
     backbone: dict[str, Tensor]
