@@ -555,7 +555,8 @@ def test_missing_file_and_folder(tmp_path):
 def test_a_file_that_is_read_for_long_is_named(tmp_path, monkeypatch, caplog):
     """By each process, also one that was forked while another read."""
     monkeypatch.setattr(slow_reads, "SECONDS", 0.1)
-    monkeypatch.setattr(slow_reads, "_watched_process", None)  # of this process, which sleeps for longer
+    read_image(saved(GRADIENT, tmp_path / "quick.png"))  # there is one now that sleeps for longer, or awakes at any moment
+    monkeypatch.setattr(slow_reads, "_watcher", None)
     path = saved(GRADIENT, tmp_path / "slow.png")
     opened = open
     monkeypatch.setattr(decode, "open", lambda *names: time.sleep(0.5) or opened(*names), raising=False)

@@ -1,7 +1,6 @@
 """Names the image whose reading takes long: a run on a file system that stalls would otherwise only stand still."""
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -12,17 +11,17 @@ log = logging.getLogger(__name__)
 SECONDS = 30.0  # until it is named, and twice as long before it is named again
 
 _since: dict[int, tuple[str, float]] = {}  # by thread, what it reads and since when
-_watched_process: int | None = None  # a fork takes this module along, but no thread
+_watcher: threading.Thread | None = None  # behind a fork it lives no more
 
 
 @contextmanager
 def watched(name: str) -> Iterator[None]:
     """Around the reading of a file. A thread of the process looks on; it costs about a microsecond."""
-    global _watched_process
-    if _watched_process != os.getpid():
-        _watched_process = os.getpid()
+    global _watcher
+    if _watcher is None or not _watcher.is_alive():
         _since.clear()
-        threading.Thread(target=_watch, name="slow reads", daemon=True).start()
+        _watcher = threading.Thread(target=_watch, name="slow reads", daemon=True)
+        _watcher.start()
     thread = threading.get_ident()
     _since[thread] = name, time.monotonic()
     try:
@@ -35,6 +34,8 @@ def _watch() -> None:
     due: dict[tuple[int, float], float] = {}  # seconds after which a read is named next
     while True:
         time.sleep(SECONDS / 10)
+        if _watcher is not threading.current_thread():  # another one looks on
+            return
         now, reads = time.monotonic(), dict(_since)
         due = {(thread, since): due.get((thread, since), SECONDS) for thread, (_, since) in reads.items()}
         for thread, (name, since) in reads.items():
