@@ -1,6 +1,7 @@
 """--config auto: what it chooses, that the user's word stands, and that the run is the one it says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,27 @@ def test_a_run_by_auto_keeps_its_choices_and_goes_on_with_them(tmp_path, monkeyp
     with pytest.raises(SystemExit):
         main([*fit, "--ckpt_path", "last"])
     assert "a run that goes on keeps its settings, but there is no" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_why_a_trial_failed_is_told(tmp_path, capsys):
+    root = two_colours(tmp_path / "images")
+    bad = sorted(root.rglob("*.jpg"))[0]
+    bad.write_text("no image")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                "--config",
+                "auto",
+                "--minutes",
+                "1",
+                "--data.root",
+                str(root),
+                "--data.num_workers",
+                "0",
+                "--trainer.accelerator",
+                "cpu",
+            ]
+        )
+    assert re.search(rf"its trial ended: \d of \d+ images could not be read, .*\n{bad}: ", capsys.readouterr().err)

@@ -46,8 +46,9 @@ def images_per_second(args: Sequence[str], seconds: int) -> float:
             raise ValueError(f"the trial of --config auto did not end within {error.timeout:.0f} s; {_INSTEAD}") from error
         log = next(Path(folder).glob("**/metrics.csv"), None)
         if done.returncode or log is None:
-            said = "\n".join(done.stdout.strip().splitlines()[-3:])
-            raise ValueError(f"--config auto could not see how fast this run is; its trial ended with\n{said}")
+            said = [line for line in done.stdout.strip().splitlines() if not line.startswith("(--debug")][-2:]
+            told = "\n".join(line.removeprefix("dino-lightning: error: ") for line in said)
+            raise ValueError(f"--config auto could not see how fast this run is, its trial ended: {told}")
         with open(log, newline="", encoding="utf-8") as file:
             rates = [float(row["train/images_per_s"]) for row in csv.DictReader(file) if row.get("train/images_per_s")]
     rates = list(dict.fromkeys(rates))  # a reading stands in every line until the next

@@ -59,7 +59,7 @@ class UnreadableLedger:
         if too_many:
             raise UnreadableImagesError(
                 f"{len(lines)} of {images} images could not be read, more than max_unreadable={self.max_share:.3g} of them; "
-                f"remove or repair them, or raise max_unreadable:\n{named}"
+                f"remove or repair them, or raise --data.max_unreadable:\n{named}"
             )
 
     def _over_all_ranks(self) -> tuple[list[str], int]:
