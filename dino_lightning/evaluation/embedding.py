@@ -37,7 +37,7 @@ def plane_umap(features: Tensor, seed: int = 0) -> Tensor:
         ModuleNotFoundError: without umap-learn (``pip install umap-learn``).
         ValueError: for none, or if a number is not finite.
     """
-    from umap import UMAP
+    from umap import UMAP  # pyright: ignore[reportMissingImports]  an extra that CI does without
 
     points = normalized(features).cpu().numpy()
     layout = UMAP(metric="cosine", random_state=seed, n_jobs=1, n_neighbors=min(15, len(points) - 1))
