@@ -140,9 +140,11 @@ words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); $(complete -p
 words dino-lightning f
 words dino-lightning fit --data.ro
 words dino-lightning fit --method m
+words dino-lightning fit --ckpt_path las
 words dino-lightning estimate --config quick
 words dino-lightning export --to torch
 words dino-lightning knn --checkpoint las
+words dino-lightning attention las
 """
 
 
@@ -160,7 +162,16 @@ def test_a_shell_completes_commands_options_recipes_and_files(tmp_path, monkeypa
     Path("completion").write_text(script)
     Path("last.ckpt").touch()
     done = subprocess.run(["bash", "-c", COMPLETE], capture_output=True, text=True)
-    expected = ["fit finetune", "--data.root", "moco_v3 mae", "quickstart", "torchhub torchvision torch_export", "last.ckpt"]
+    expected = [
+        "fit finetune",
+        "--data.root",
+        "moco_v3 mae",
+        "last.ckpt",
+        "quickstart",
+        "torchhub torchvision torch_export",
+        "last.ckpt",
+        "last.ckpt",
+    ]
     assert done.stdout.splitlines() == expected, done.stderr
     with pytest.raises(UsageError, match="one of bash, zsh, fish, got ksh"):
         enter(["--completion", "ksh"])
