@@ -103,6 +103,7 @@ def test_a_run_takes_the_time_that_it_has(facts, minutes, pace, said):
     seconds = images / pace + times * evaluated / (6 * pace)
     assert 0.8 * 60 * minutes < seconds < 1.2 * 60 * minutes
     assert found["model.warmup_epochs"] <= max(1, found["trainer.max_epochs"] / 10)
+    assert 1 <= found["trainer.log_every_n_steps"] <= batches // accumulated, "each epoch has a line"
 
 
 def test_what_the_user_said_stands_and_the_rest_follows_it():

@@ -196,7 +196,7 @@ def length(choices: Choices, facts: Facts, minutes: float, images_per_s: float) 
         choices.make("trainer.check_val_every_n_epoch", every, why)
         epochs = max(1, round(epochs / every)) * every  # so that the last one is validated
     steps = epochs * in_epoch
-    choices.make("trainer.log_every_n_steps", min(50, max(1, steps // 100)), "a hundred points of a curve, or more")
+    choices.make("trainer.log_every_n_steps", min(50, in_epoch, max(1, steps // 100)), "a hundred points of a curve, or more")
     why = f"{steps} steps take {minutes:g} minutes at the {images_per_s:.3g} images a second that were measured; no limit, which is --trainer.max_time"
     choices.make("trainer.max_epochs", epochs, why)
     schedules(choices, epochs, steps)
