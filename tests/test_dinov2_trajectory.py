@@ -1,38 +1,14 @@
-"""Whole training runs of DINOv2's reference, by a real Trainer: plain, resumed, accumulated, and on two real processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Whole training runs of DINOv2's reference, by a real Trainer: plain, resumed and accumulated (on two ranks: test_two_ranks.py)."""
 
 import pytest
 import torch
-from dinov2_trajectory import LOSSES, SCHEDULES, Golden, build_loader, build_module, train
+from dinov2_trajectory import SCHEDULES, Golden, assert_same_end, assert_same_losses, build_loader, build_module, train
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dino_lightning.methods.dinov2 import DINOv2Plan
 from dino_lightning.training.schedules import cosine_schedule
 
 RUNS = ["dinov2/trajectory_sinkhorn", "dinov2/trajectory_centering"]
-
-
-def assert_same_end(state: dict[str, torch.Tensor], golden: Golden) -> None:
-    for network in ("student", "teacher"):
-        expected_state = golden.part(f"final.{network}.")
-        assert len(expected_state) > 20
-        for key, expected in expected_state.items():
-            got = state[f"{network}.{key}"]
-            if key.endswith("qkv.bias"):  # the softmax ignores the bias of the keys: its gradient is rounding noise
-                got, expected = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (got, expected))
-            error = (got - expected).norm() / expected.norm()
-            assert not error > 1e-4, f"{network}.{key} is off by {error:.2e}"
-
-
-def assert_same_losses(losses: dict[str, torch.Tensor], golden: Golden) -> None:
-    for name, ours in zip(("loss", "loss.dino_global", "loss.dino_local", "loss.ibot"), LOSSES):
-        torch.testing.assert_close(losses[ours], golden[name].double(), rtol=1e-5, atol=0)
-    koleo = golden.item("config.koleo_loss_weight") * losses["koleo_loss"]
-    torch.testing.assert_close(koleo, golden["loss.koleo"].double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -67,28 +43,6 @@ def test_micro_batches_equal_one_batch_with_centring():
         for key, value in parts.items():
             if "qkv.bias" not in key:
                 assert (value - runs[0][key]).norm() < 1e-4 * value.norm(), key
-
-
-def test_two_processes_equal_the_reference_and_one_process(tmp_path):
-    """One process of all images without KoLeo, whose neighbours are those of a rank."""
-    command = [sys.executable, Path(__file__).with_name("dinov2_trajectory.py"), tmp_path, "dinov2/trajectory_two_ranks"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    golden, ranks = Golden("dinov2/trajectory_two_ranks"), [torch.load(tmp_path / f"golden{i}.pt") for i in (0, 1)]
-    both = {name: torch.tensor([rank["losses"][name] for rank in ranks]).double().mean(dim=0) for name in LOSSES}
-    assert_same_losses(both, golden)
-    assert [rank["key"][1:] for rank in ranks] == [(8, 2, 0), (8, 2, 1)], "step, micro-batch and rank decide what is drawn"
-    for rank in ranks:
-        torch.testing.assert_close(torch.tensor(rank["norms"]), golden["grad_norm"].float(), rtol=1e-4, atol=0)
-        assert_same_end(rank["state"], golden)
-    module = build_module(golden, koleo_loss_weight=0.0)
-    one, record = train(golden, build_loader(golden, batch_size=4), module=module)
-    ranks = [torch.load(tmp_path / f"without_koleo{i}.pt") for i in (0, 1)]
-    both = torch.tensor([rank["losses"]["loss"] for rank in ranks]).mean(dim=0)
-    torch.testing.assert_close(both, torch.tensor(record.losses["loss"]), rtol=1e-5, atol=0)
-    for key, value in one.state_dict().items():
-        if "qkv.bias" not in key:
-            assert (ranks[1]["state"][key] - value).norm() <= 1e-4 * value.norm(), key
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -1,29 +1,12 @@
-"""Whole training runs of the reference, by a real Trainer: plain, accumulated, resumed, and on two real processes."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Whole training runs of the reference, by a real Trainer: plain, accumulated and resumed (on two ranks: test_two_ranks.py)."""
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from trajectory import Golden, build_loader, train
+from trajectory import Golden, assert_same_end, build_loader, train
 
 RUNS = ["trajectory_adamw", "trajectory_sgd"]
-
-
-def assert_same_end(state: dict[str, torch.Tensor], golden: Golden) -> None:
-    for network in ("student", "teacher"):
-        for key, expected in golden.part(f"final.{network}.").items():
-            got = state[f"{network}.{key}"]
-            if key.endswith("qkv.bias"):
-                # The softmax ignores the bias of the keys: its gradient is rounding noise, which AdamW blows up to 1e-6.
-                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-                got, expected = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (got, expected))
-            error = (got - expected).norm() / expected.norm()
-            assert not error > 1e-4, f"{network}.{key} is off by {error:.2e}"
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -58,27 +41,6 @@ def test_resumed_from_the_end_of_an_epoch(run, tmp_path):
     for key, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
     assert_same_end(resumed.state_dict(), golden)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The folder in which two ranks leave RUN0.pt and RUN1.pt of both runs."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, Path(__file__).with_name("trajectory.py"), folder, *RUNS]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=one_thread)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_two_processes(run, two_processes):
-    golden, ranks = Golden(run), [torch.load(two_processes / f"{run}{i}.pt") for i in (0, 1)]
-    losses = torch.tensor([rank["losses"] for rank in ranks]).double().mean(dim=0)
-    torch.testing.assert_close(losses, golden["losses"], rtol=1e-4, atol=0)
-    for rank in ranks:
-        assert_same_end(rank["state"], golden)
-        torch.testing.assert_close(rank["state"]["loss.center"][0], golden["centers"][-1], rtol=1e-4, atol=1e-6)
 
 
 def test_step_checkpoints_hold_the_updated_teacher_and_centre(tmp_path):

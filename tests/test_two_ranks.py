@@ -5,19 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dinov2_trajectory
 import pytest
 import torch
-from conftest import write_labelled
+import trajectory
+from conftest import Golden, write_labelled
 from lightning.pytorch.callbacks import ModelCheckpoint
-from two_ranks import RESNET, train
+from two_ranks import GOLDEN, RESNET, train
 
 from dino_lightning.callbacks import OnlineProbe
-
-
-def run_on_two(folder, *scenarios):
-    command = [sys.executable, Path(__file__).with_name("two_ranks.py"), folder, *scenarios]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +35,14 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder, one):
     """What two ranks write, and all that they say: one start of two processes for all scenarios, as starting takes longest."""
-    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "saving", "synced", "sick"]
+    scenarios = ["fit", "accumulate", "uneven", "resume", "probe", "cnn", "saving", "synced", "sick", *GOLDEN]
     scenarios += ["sharded", "sharded, resumed", "dinov2", "dinov2, sharded", "mae", "mae, sharded"]
-    done = run_on_two(folder, *scenarios)
-    assert done.returncode == 0, done.stderr
-    results = {name: [torch.load(folder / f"{name}{rank}.pt") for rank in (0, 1)] for name in scenarios}
-    return results, done.stderr
+    command = [sys.executable, Path(__file__).with_name("two_ranks.py"), folder, *scenarios, "nan"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    written = {name: [folder / f"{name}{rank}.pt" for rank in (0, 1)] for name in scenarios}
+    assert all(path.exists() for paths in written.values() for path in paths), done.stderr
+    assert done.returncode != 0 and not list(folder.glob("nan*.pt")), "the last one ends them"
+    return {name: [torch.load(path) for path in paths] for name, paths in written.items()}, done.stderr
 
 
 def test_two_ranks_save_by_the_clock_behind_the_same_step(folder, two):
@@ -158,7 +156,34 @@ def test_the_doctor_stops_both_ranks_behind_the_same_step(two):
     assert said.count("uniform collapse: ") == 1
 
 
-def test_non_finite_loss_on_one_rank_stops_both(folder):
-    done = run_on_two(folder, "nan")
-    assert done.returncode != 0
-    assert done.stderr.count("NonFiniteLossError: the loss was not finite at step 2 ") == 2, done.stderr
+def test_non_finite_loss_on_one_rank_stops_both(two):
+    assert two[1].count("NonFiniteLossError: the loss was not finite at step 2 ") == 2, two[1]
+
+
+@pytest.mark.parametrize("run", ["adamw", "sgd"])
+def test_two_ranks_equal_the_reference(run, two):
+    golden, ranks = Golden(f"trajectory_{run}"), two[0][run]
+    losses = torch.tensor([rank["losses"] for rank in ranks]).double().mean(dim=0)
+    torch.testing.assert_close(losses, golden["losses"], rtol=1e-4, atol=0)
+    for rank in ranks:
+        trajectory.assert_same_end(rank["state"], golden)
+        torch.testing.assert_close(rank["state"]["loss.center"][0], golden["centers"][-1], rtol=1e-4, atol=1e-6)
+
+
+def test_dinov2_on_two_ranks_equals_the_reference_and_one_process(two):
+    """One process of all images without KoLeo, whose neighbours are those of a rank."""
+    golden, ranks = Golden("dinov2/trajectory_two_ranks"), two[0]["golden dinov2"]
+    both = {name: torch.tensor([rank["losses"][name] for rank in ranks]).double().mean(dim=0) for name in dinov2_trajectory.LOSSES}
+    dinov2_trajectory.assert_same_losses(both, golden)
+    assert [rank["key"][1:] for rank in ranks] == [(8, 2, 0), (8, 2, 1)], "step, micro-batch and rank decide what is drawn"
+    for rank in ranks:
+        torch.testing.assert_close(torch.tensor(rank["norms"]), golden["grad_norm"].float(), rtol=1e-4, atol=0)
+        dinov2_trajectory.assert_same_end(rank["state"], golden)
+    module = dinov2_trajectory.build_module(golden, koleo_loss_weight=0.0)
+    one, record = dinov2_trajectory.train(golden, dinov2_trajectory.build_loader(golden, batch_size=4), module=module)
+    ranks = two[0]["golden dinov2 without KoLeo"]
+    both = torch.tensor([rank["losses"]["loss"] for rank in ranks]).mean(dim=0)
+    torch.testing.assert_close(both, torch.tensor(record.losses["loss"]), rtol=1e-5, atol=0)
+    for key, value in one.state_dict().items():
+        if "qkv.bias" not in key:
+            assert (ranks[1]["state"][key] - value).norm() <= 1e-4 * value.norm(), key

@@ -4,8 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+import dinov2_trajectory
 import torch
 import torch.nn.functional as F
+import trajectory
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import LayerSync
@@ -163,13 +165,27 @@ SCENARIOS = {
     "nan": {"callbacks": [PoisonLastRank()]},
 }
 
+# Golden runs, on the batches of the reference's two ranks.
+GOLDEN = {
+    "adamw": lambda: trajectory.train_on_two_ranks("trajectory_adamw"),
+    "sgd": lambda: trajectory.train_on_two_ranks("trajectory_sgd"),
+    "golden dinov2": lambda: dinov2_trajectory.train_on_two_ranks("dinov2/trajectory_two_ranks"),
+    "golden dinov2 without KoLeo": lambda: dinov2_trajectory.train_on_two_ranks("dinov2/trajectory_two_ranks", koleo_loss_weight=0.0),
+}
+
+
+def run(folder: Path, scenario: str) -> dict:
+    if scenario in GOLDEN:
+        return GOLDEN[scenario]()
+    options = {"batch_size": 2, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), **SCENARIOS[scenario]}
+    if scenario == "sharded":
+        options["callbacks"] = [ModelCheckpoint(folder / "sharded", "{step}", every_n_train_steps=1, save_top_k=-1)]
+    if "ckpt_path" in options:
+        options["ckpt_path"] = folder / options["ckpt_path"]
+    return train(folder, **options)
+
+
 if __name__ == "__main__":
-    folder, *scenarios = sys.argv[1:]
-    for scenario in scenarios:
-        options = {"batch_size": 2, "devices": 2, "strategy": DDPStrategy(process_group_backend="gloo"), **SCENARIOS[scenario]}
-        if scenario == "sharded":
-            options["callbacks"] = [ModelCheckpoint(Path(folder) / "sharded", "{step}", every_n_train_steps=1, save_top_k=-1)]
-        if "ckpt_path" in options:
-            options["ckpt_path"] = Path(folder) / options["ckpt_path"]
-        result = train(Path(folder), **options)
-        torch.save(result, Path(folder) / f"{scenario}{os.environ.get('LOCAL_RANK', 0)}.pt")
+    for scenario in sys.argv[2:]:
+        result = run(Path(sys.argv[1]), scenario)
+        torch.save(result, f"{sys.argv[1]}/{scenario}{os.environ.get('LOCAL_RANK', 0)}.pt")
