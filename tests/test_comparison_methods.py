@@ -60,6 +60,7 @@ for loss in (NTXentLoss(0.3), InfoNCELoss(0.3)):
     value.backward()
     found.append((value.detach(), first.grad, second.grad if second.grad is not None else torch.zeros_like(second)))
 torch.save(found, f"{folder}/{rank}.pt")
+dist.destroy_process_group()  # a process that only ends may abort: its threads still run
 """
 
 
