@@ -137,7 +137,7 @@ def train(
     return {"state": state, "losses": losses.values, "metrics": metrics, "probes": probes}
 
 
-RESNET = {"backbone": "resnet50", "uneven": True, "precision": "64-true", "max_epochs": 1, "limit_val_batches": 0}
+RESNET = {"backbone": "resnet18", "uneven": True, "precision": "64-true", "max_epochs": 1, "limit_val_batches": 0}
 
 # What differs from a plain run on batches of 2 images.
 SCENARIOS = {
