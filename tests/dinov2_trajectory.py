@@ -96,18 +96,6 @@ def train_on_two_ranks(run: str, **options) -> dict:
     return {"state": module.state_dict(), "losses": recorder.losses, "norms": recorder.norms, "key": module.key}
 
 
-def assert_same_end(state: dict[str, torch.Tensor], golden: Golden) -> None:
-    for network in ("student", "teacher"):
-        expected_state = golden.part(f"final.{network}.")
-        assert len(expected_state) > 20
-        for key, expected in expected_state.items():
-            got = state[f"{network}.{key}"]
-            if key.endswith("qkv.bias"):  # the softmax ignores the bias of the keys: its gradient is rounding noise
-                got, expected = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (got, expected))
-            error = (got - expected).norm() / expected.norm()
-            assert not error > 1e-4, f"{network}.{key} is off by {error:.2e}"
-
-
 def assert_same_losses(losses: dict[str, torch.Tensor], golden: Golden) -> None:
     for name, ours in zip(("loss", "loss.dino_global", "loss.dino_local", "loss.ibot"), LOSSES):
         torch.testing.assert_close(losses[ours], golden[name].double(), rtol=1e-5, atol=0)

@@ -240,20 +240,7 @@ def test_why_a_trial_failed_is_told(tmp_path, capsys):
     root = two_colours(tmp_path / "images")
     bad = sorted(root.rglob("*.jpg"))[0]
     bad.write_text("no image")
+    options = "--config auto --minutes 1 --data.num_workers 0 --trainer.accelerator cpu".split()
     with pytest.raises(SystemExit):
-        main(
-            [
-                "fit",
-                "--config",
-                "auto",
-                "--minutes",
-                "1",
-                "--data.root",
-                str(root),
-                "--data.num_workers",
-                "0",
-                "--trainer.accelerator",
-                "cpu",
-            ]
-        )
+        main(["fit", *options, "--data.root", str(root)])
     assert re.search(rf"its trial ended: \d of \d+ images could not be read, .*\n{bad}: ", capsys.readouterr().err)

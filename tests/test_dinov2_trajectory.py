@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from dinov2_trajectory import SCHEDULES, Golden, assert_same_end, assert_same_losses, build_loader, build_module, train
+from dinov2_trajectory import SCHEDULES, Golden, assert_same_losses, build_loader, build_module, train
 from lightning.pytorch.callbacks import ModelCheckpoint
+from trajectory import assert_same_end
 
 from dino_lightning.methods.dinov2 import DINOv2Plan
 from dino_lightning.training.schedules import cosine_schedule
@@ -24,7 +25,7 @@ def test_trajectory_equals_the_reference_and_resumes(run, tmp_path):
         for i, name in enumerate(("dino", "ibot")):
             centers = torch.stack([step[i] for step in record.centers])
             torch.testing.assert_close(centers, golden[f"centers.{name}"], rtol=1e-4, atol=1e-6)
-    assert_same_end(module.state_dict(), golden)
+    assert_same_end(module.state_dict(), golden, key_bias=1e-4)
     resumed, again = train(golden, build_loader(golden, batch_size=4), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert len(again.norms) == 3
     for key, value in module.state_dict().items():

@@ -84,13 +84,15 @@ def train_on_two_ranks(run: str) -> dict:
     return {"state": module.state_dict(), "losses": recorder.losses}
 
 
-def assert_same_end(state: dict[str, torch.Tensor], golden: Golden) -> None:
+def assert_same_end(state: dict[str, torch.Tensor], golden: Golden, key_bias: float = 1e-5) -> None:
     for network in ("student", "teacher"):
-        for key, expected in golden.part(f"final.{network}.").items():
+        expected_state = golden.part(f"final.{network}.")
+        assert len(expected_state) > 20
+        for key, expected in expected_state.items():
             got = state[f"{network}.{key}"]
             if key.endswith("qkv.bias"):
-                # The softmax ignores the bias of the keys: its gradient is rounding noise, which AdamW blows up to 1e-6.
-                torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+                # The softmax ignores the bias of the keys: its gradient is rounding noise, of which AdamW makes whole steps.
+                torch.testing.assert_close(got, expected, rtol=0, atol=key_bias)
                 got, expected = (torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) for t in (got, expected))
             error = (got - expected).norm() / expected.norm()
             assert not error > 1e-4, f"{network}.{key} is off by {error:.2e}"
